@@ -1,0 +1,168 @@
+"""The whole configuration of a stage, and the checks that span sections."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from rewarm.config.data import DomainConfig, MixtureConfig, ReplayConfig
+from rewarm.config.model import ModelConfig
+from rewarm.config.section import Duration, Section, parse_duration, resolve_duration
+from rewarm.config.training import (
+    BatchConfig,
+    CheckpointConfig,
+    DistributedConfig,
+    EvaluationConfig,
+    MegatronConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ScheduleConfig,
+    TrackingConfig,
+)
+
+
+class RunConfig(Section):
+    """One stage of training: one YAML file, one run folder."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run and of its folder."""
+    runs_folder: str = "runs"
+    """Where run folders are made, relative to the working directory."""
+    seed: int = Field(1234, ge=0, lt=2**63)
+    """Seed of the weights, of the data order and of dropout."""
+    engine: Literal["megatron"] = "megatron"
+    """What turns a batch into an optimizer step."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Type of parameters and activations; the optimizer always keeps fp32 parameters and moments."""
+    tokenizer: str | None = None
+    """Folder of a Hugging Face tokenizer; null means the parent's, or the one the domains were built with."""
+    parent: str | None = None
+    """What the stage continues: a run folder, one of its checkpoints, or a Hugging Face folder. Null means random
+    weights of the shape in ``model``. A run that already has checkpoints of its own resumes from those instead."""
+    optimizer_state: Literal["reset", "keep"] = "reset"
+    """Optimizer moments at the start of the stage; keep needs a parent that is a run."""
+    model: ModelConfig | None = None
+    """Shape of a model without parent; refused with a parent, which brings its own."""
+    data: dict[str, DomainConfig] = Field(min_length=1)
+    """The domains of this stage, by name."""
+    mixture: MixtureConfig = MixtureConfig()
+    """How the domains share the batch."""
+    replay: ReplayConfig = ReplayConfig()
+    """How much of the lineage is fed back."""
+    duration: Duration = "1000 steps"
+    """Length of the stage, in steps or tokens."""
+    batch: BatchConfig = BatchConfig()
+    """Size of a step."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """The update rule."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """The learning rate."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How the ranks share the work."""
+    activation_recomputation: Literal["none", "full"] = "none"
+    """full: keep only each layer's input and compute the rest again in the backward pass."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Held-out losses."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Saving."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Recording."""
+    distributed: DistributedConfig = DistributedConfig()
+    """The process group."""
+    megatron: MegatronConfig = MegatronConfig()
+    """Settings of the megatron engine."""
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _paths_are_domains(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: {"path": domain} if isinstance(domain, str) else domain for name, domain in value.items()}
+
+    @field_validator("data")
+    @classmethod
+    def _names_are_plain(cls, value: dict[str, DomainConfig]) -> dict[str, DomainConfig]:
+        for name in value:
+            if not name or not all(letter.isalnum() or letter in "_-" for letter in name):
+                raise ValueError(f"domain name {name!r}: use letters, digits, '_' and '-' only")
+        return value
+
+    @model_validator(mode="after")
+    def _check_across(self) -> RunConfig:
+        _check_lineage(self)
+        _check_sizes(self)
+        unknown = sorted(set(self.mixture.weights or {}) - set(self.data))
+        if unknown:
+            raise ValueError(f"mixture.weights names {unknown[0]!r}, which is not in data: {sorted(self.data)}")
+        missing = sorted(set(self.data) - set(self.mixture.weights or self.data))
+        if missing:
+            raise ValueError(f"mixture.weights has no weight for the domain {missing[0]!r} of data; 0 switches it off")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.runs_folder) / self.name
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Target tokens of one step."""
+        return self.batch.global_batch_size * self.batch.sequence_length
+
+    @property
+    def total_tokens(self) -> int:
+        """Target tokens of the stage."""
+        return resolve_duration(self.duration, tokens_per_step=self.tokens_per_step)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the stage."""
+        return self.total_tokens // self.tokens_per_step
+
+    def steps(self, duration: str | None) -> int | None:
+        """A duration of this run in whole steps (at least 1), or None for None."""
+        if duration is None:
+            return None
+        tokens = resolve_duration(duration, tokens_per_step=self.tokens_per_step, total_tokens=self.total_tokens)
+        return max(1, tokens // self.tokens_per_step)
+
+
+def _check_lineage(config: RunConfig) -> None:
+    if config.parent is None:
+        if config.model is None:
+            raise ValueError("neither parent nor model is set: name what to continue, or the shape to start from")
+        if config.replay.fraction > 0 or config.replay.domains:
+            raise ValueError(f"replay.fraction={config.replay.fraction} needs a parent whose domains can be replayed")
+        if config.optimizer_state == "keep":
+            raise ValueError("optimizer_state=keep needs a parent run to keep it from")
+    elif config.model is not None:
+        raise ValueError(f"model is ignored with parent={config.parent}, which brings its own shape: remove one")
+    if config.replay.fraction == 0 and (config.replay.domains or config.replay.paths):
+        raise ValueError("replay.domains and replay.paths are ignored with replay.fraction=0: set a fraction")
+
+
+def _check_sizes(config: RunConfig) -> None:
+    if parse_duration(config.duration)[1] == "%":
+        raise ValueError(f"duration={config.duration!r}: a percentage of itself; write steps or tokens")
+    if config.total_steps < 1:
+        raise ValueError(f"duration={config.duration!r} is less than one step")
+    batch, parallel = config.batch, config.parallel
+    if batch.global_batch_size % batch.micro_batch_size:
+        raise ValueError(
+            f"batch.global_batch_size={batch.global_batch_size} is not a multiple of "
+            f"batch.micro_batch_size={batch.micro_batch_size}"
+        )
+    if parallel.sequence and batch.sequence_length % parallel.tensor:
+        raise ValueError(
+            f"parallel.sequence splits batch.sequence_length={batch.sequence_length}, which "
+            f"parallel.tensor={parallel.tensor} does not divide"
+        )
+    model = config.model
+    if model is not None:
+        if model.max_position_embeddings < batch.sequence_length:
+            raise ValueError(
+                f"batch.sequence_length={batch.sequence_length} is above "
+                f"model.max_position_embeddings={model.max_position_embeddings}"
+            )

@@ -1,0 +1,178 @@
+"""Batch, optimizer, schedule, parallel layout, and what happens beside the steps."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from rewarm.config.section import Duration, Section
+
+
+class BatchConfig(Section):
+    """Size of a step."""
+
+    sequence_length: int = Field(256, gt=0)
+    """Tokens the model sees at once; a window is one token longer."""
+    global_batch_size: int = Field(32, gt=0)
+    """Windows per step over all ranks; never changes with the rank count."""
+    micro_batch_size: int = Field(4, gt=0)
+    """Windows per forward pass on one rank; must divide global_batch_size / data-parallel ranks."""
+
+
+class OptimizerConfig(Section):
+    """The update rule."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    """adamw: decoupled weight decay, fp32 state. sgd: plain, mainly to check gradients."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of the first moment (momentum under sgd is always 0)."""
+    beta2: float = Field(0.95, ge=0, lt=1)
+    """Decay of the second moment."""
+    epsilon: float = Field(1e-8, gt=0)
+    """Term that keeps the division finite."""
+    weight_decay: float = Field(0.1, ge=0)
+    """Decoupled weight decay; not applied to norms and biases."""
+    gradient_clipping: float = Field(1.0, ge=0)
+    """Largest global gradient norm; 0 means no clipping."""
+
+
+class ScheduleConfig(Section):
+    """Learning rate as a pure function of the tokens trained in this stage."""
+
+    kind: Literal["constant", "cosine", "linear", "wsd", "infinite"] = "cosine"
+    """Shape after the warm-up. cosine and linear decay from peak to minimum over the run; wsd stays at peak and
+    decays over the last ``decay``; infinite cools down to ``plateau``, stays, and anneals over the last ``decay``."""
+    peak: float = Field(3e-4, gt=0)
+    """Highest learning rate."""
+    minimum: float = Field(0.0, ge=0)
+    """Learning rate at the end of the run."""
+    start: float = Field(0.0, ge=0)
+    """Learning rate at the first step of the warm-up; a re-warm usually starts at the parent's final rate."""
+    warmup: Duration = "1%"
+    """Length of the linear warm-up from start to peak."""
+    decay: Duration = "20%"
+    """Length of the final decay of wsd and infinite."""
+    decay_shape: Literal["linear", "one_minus_sqrt", "cosine", "exponential"] = "one_minus_sqrt"
+    """Shape of the final decay of wsd and infinite."""
+    plateau: float | None = Field(None, gt=0)
+    """Constant rate of infinite."""
+    cooldown: Duration = "40%"
+    """Length of infinite's cosine fall from peak to plateau."""
+
+    @model_validator(mode="after")
+    def _check_ignored(self) -> ScheduleConfig:
+        only = {"plateau": ("infinite",), "cooldown": ("infinite",), "decay": ("wsd", "infinite"),
+                "decay_shape": ("wsd", "infinite"), "minimum": ("cosine", "linear", "wsd", "infinite")}  # fmt: skip
+        for name, kinds in only.items():
+            if name in self.model_fields_set and self.kind not in kinds:
+                default = type(self).model_fields[name].default
+                if getattr(self, name) != default:
+                    raise ValueError(f"schedule.{name} is ignored by schedule.kind={self.kind}: remove one of the two")
+        if self.kind == "infinite" and self.plateau is None:
+            raise ValueError("schedule.kind=infinite needs schedule.plateau, its constant rate")
+        for name in ("minimum", "start", "plateau"):
+            value = getattr(self, name)
+            if value is not None and value > self.peak:
+                raise ValueError(f"schedule.{name}={value} is above schedule.peak={self.peak}")
+        return self
+
+
+class ParallelConfig(Section):
+    """How the ranks share the work."""
+
+    data: int | Literal["auto"] = "auto"
+    """Data-parallel ranks; auto means what the other axes leave of the ranks found, or 1 when rewarm starts
+    the ranks itself on a machine without GPUs."""
+    tensor: int = Field(1, gt=0)
+    """Ranks that split each layer's matrices."""
+    sequence: bool = False
+    """Split the activations between layers along the sequence over the tensor ranks; needs tensor > 1."""
+    pipeline: int = Field(1, gt=0)
+    """Ranks that split the layers."""
+    virtual_pipeline: int = Field(1, gt=0)
+    """Model chunks per pipeline rank (interleaved 1F1B); needs pipeline > 1."""
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that hold one copy of the model together."""
+        return self.tensor * self.pipeline
+
+    @model_validator(mode="after")
+    def _check(self) -> ParallelConfig:
+        if self.data != "auto" and self.data < 1:
+            raise ValueError(f"parallel.data={self.data} must be at least 1, or auto")
+        if self.sequence and self.tensor == 1:
+            raise ValueError(
+                "parallel.sequence=true is ignored with parallel.tensor=1: set tensor above 1 or sequence false"
+            )
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            raise ValueError(
+                f"parallel.virtual_pipeline={self.virtual_pipeline} is ignored with parallel.pipeline=1: "
+                "set pipeline above 1 or virtual_pipeline 1"
+            )
+        return self
+
+
+class EvaluationConfig(Section):
+    """Held-out loss of every domain, old and new."""
+
+    interval: Duration | None = "100 steps"
+    """Distance between evaluations; one at step 0 and one at the end are always made. Null means only those."""
+    windows_per_domain: int = Field(64, gt=0)
+    """Held-out windows per domain, the same ones every time; all of them when the split has fewer."""
+    micro_batch_size: int = Field(8, gt=0)
+    """Windows per forward pass; fixed by this setting and not by the layout, so that every layout sums the
+    same batches in the same order."""
+
+
+class CheckpointConfig(Section):
+    """When the state of the run is saved."""
+
+    interval: Duration | None = "200 steps"
+    """Distance between checkpoints; the last step is always saved. Null means only the last."""
+    keep: int = Field(2, ge=1)
+    """Checkpoints to keep; older ones are removed after a newer one is whole."""
+
+
+class WandbConfig(Section):
+    """Weights & Biases."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online when a key is configured, otherwise offline."""
+    project: str = "rewarm"
+    """Project the run is listed under."""
+    entity: str | None = None
+    """Team or user; null means the key's default."""
+    group: str | None = None
+    """Group the run is listed under; null means none."""
+
+
+class TrackingConfig(Section):
+    """What is recorded while the run trains."""
+
+    interval: int = Field(1, gt=0)
+    """Steps between metrics lines; per-domain sums cover all steps since the last line."""
+    wandb: WandbConfig = WandbConfig()
+    """Weights & Biases settings."""
+    tensorboard: bool = False
+    """Also write TensorBoard event files to <run>/tensorboard."""
+
+
+class DistributedConfig(Section):
+    """The process group."""
+
+    timeout: float = Field(30.0, gt=0)
+    """Minutes until a collective that a lost rank never joins fails."""
+
+
+class MegatronConfig(Section):
+    """Settings that only the megatron engine has."""
+
+    attention: Literal["sdpa", "local", "transformer_engine"] = "sdpa"
+    """sdpa: torch's scaled-dot-product kernels. local: Megatron's unfused attention (slower). transformer_engine:
+    Transformer Engine's layers, which must be installed."""
+    vocab_divisor: int = Field(128, gt=0)
+    """The embedding is padded to a multiple of this times parallel.tensor; padded rows never leave in an export."""
+    overlap_communication: bool = True
+    """Reduce gradients and gather parameters while computing; on data-parallel ranks only."""

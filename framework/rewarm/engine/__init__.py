@@ -1,0 +1,1 @@
+"""Engines: what turns a batch into an optimizer step on many ranks."""

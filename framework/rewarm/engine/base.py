@@ -1,0 +1,138 @@
+"""The interface between the training loop and whatever runs the model.
+
+The loop knows no parallelism. An engine owns the process group, the model, the optimizer and their sharded state.
+Every method named *collective* must be called by all ranks in the same order.
+
+Shape suffixes: B windows, S ``sequence_length``, D domains.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The windows that one data-parallel rank trains on in one step."""
+
+    tokens: np.ndarray
+    """int64 [B, S + 1]; position t predicts t + 1."""
+    domains: np.ndarray
+    """int64 [B]; index of each window's domain in the order given at construction."""
+    loss_mask: np.ndarray | None = None
+    """bool [B, S], True where the target counts; None means everywhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one optimizer step measured, equal on every rank and summed over the whole global batch."""
+
+    loss_sums: np.ndarray
+    """float64 [D]; sum of the token losses in nats, per domain."""
+    token_counts: np.ndarray
+    """int64 [D]; target tokens, per domain."""
+    grad_norm: float
+    """Global L2 norm of the gradient of the mean token loss, before clipping."""
+    skipped: bool = False
+    """True if the update was not applied because the gradient was not finite."""
+
+    @property
+    def loss(self) -> float:
+        """Mean token loss in nats."""
+        return float(self.loss_sums.sum() / max(1, int(self.token_counts.sum())))
+
+
+class Engine(ABC):
+    """A model on many ranks. Built with the resolved configuration by :func:`rewarm.engine.build.build_engine`."""
+
+    rank: int
+    world_size: int
+    data_parallel_rank: int
+    """Which slice of the global batch this rank trains on; ranks of one model copy share it."""
+    data_parallel_size: int
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes the run's files."""
+        return self.rank == 0
+
+    @abstractmethod
+    def train_step(self, batch: Batch, learning_rate: float) -> StepResult:
+        """Forward, backward, clip and update on this rank's slice. Collective."""
+
+    @abstractmethod
+    def evaluate(self, tokens: np.ndarray, micro_batch_size: int) -> np.ndarray:
+        """Token losses of the same windows on every layout. Collective.
+
+        Args:
+            tokens: int64 [B, S + 1], the same on every rank.
+            micro_batch_size: windows per forward pass. Micro-batch i is windows ``[i*m, (i+1)*m)`` on every layout
+                and is run by data-parallel rank ``i % data_parallel_size``.
+
+        Returns:
+            float64 [B]; sum of each window's token losses in nats, in the order given, equal on every rank.
+        """
+
+    @abstractmethod
+    def next_token_logits(self, tokens: np.ndarray) -> np.ndarray:
+        """Logits after the last token of one sequence. Collective.
+
+        Args:
+            tokens: int64 [S'], any length up to ``sequence_length``.
+
+        Returns:
+            float32 [vocab_size] without padded rows, equal on every rank.
+        """
+
+    @abstractmethod
+    def save(self, folder: Path, *, optimizer: bool = True) -> None:
+        """Write the sharded model (and optimizer) state into an existing empty folder. Collective."""
+
+    @abstractmethod
+    def load(self, folder: Path, *, optimizer: bool = True) -> None:
+        """Read what :meth:`save` wrote, on this or another layout. Collective.
+
+        Raises:
+            rewarm.errors.UserError: if the folder holds another model.
+        """
+
+    @abstractmethod
+    def import_huggingface(self, folder: Path) -> None:
+        """Fill the model from a Hugging Face folder; each rank reads only its own shard. Collective."""
+
+    @abstractmethod
+    def export_huggingface(self, folder: Path, *, tokenizer: Path | None) -> None:
+        """Write config, safetensors, tokenizer and generation files that ``AutoModelForCausalLM`` loads. Collective."""
+
+    @abstractmethod
+    def rng_state(self) -> Any:
+        """This rank's random state, picklable; what :meth:`set_rng_state` restores."""
+
+    @abstractmethod
+    def set_rng_state(self, state: Any) -> None:
+        """Restore what :meth:`rng_state` returned."""
+
+    @abstractmethod
+    def parameter_count(self) -> int:
+        """Parameters of the whole model, padded rows and copies excluded."""
+
+    @abstractmethod
+    def any_rank(self, flag: bool) -> bool:
+        """True on every rank if the flag is true on one of them. Collective."""
+
+    @abstractmethod
+    def barrier(self) -> None:
+        """Wait for every rank. Collective."""
+
+    @abstractmethod
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's picklable value, on every rank. Collective."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Leave the process group. Not collective: it is also called after an error on this rank alone."""
