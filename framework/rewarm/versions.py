@@ -8,7 +8,8 @@ from __future__ import annotations
 __version__ = "0.1.0"
 
 # The upper bounds are what was tried. torch stays below 2.14 so that one line resolves to a CPU build where the
-# index offers one and to a CUDA build elsewhere; Megatron-Core's private names are touched in engine/megatron/compat.py.
+# index offers one and to a CUDA build elsewhere. Megatron-Core's private names are touched in
+# engine/megatron/compat.py, which calls require().
 REQUIREMENTS: dict[str, str] = {
     "torch": ">=2.6,<2.14",
     "megatron-core": ">=0.16.1,<0.17",

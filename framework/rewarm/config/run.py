@@ -160,9 +160,8 @@ def _check_sizes(config: RunConfig) -> None:
             f"parallel.tensor={parallel.tensor} does not divide"
         )
     model = config.model
-    if model is not None:
-        if model.max_position_embeddings < batch.sequence_length:
-            raise ValueError(
-                f"batch.sequence_length={batch.sequence_length} is above "
-                f"model.max_position_embeddings={model.max_position_embeddings}"
-            )
+    if model is not None and model.max_position_embeddings < batch.sequence_length:
+        raise ValueError(
+            f"batch.sequence_length={batch.sequence_length} is above "
+            f"model.max_position_embeddings={model.max_position_embeddings}"
+        )

@@ -1,0 +1,1 @@
+"""What a model is, apart from any engine: its architecture and its Hugging Face form."""
