@@ -66,6 +66,10 @@ class Engine(ABC):
         """Forward, backward, clip and update on this rank's slice. Collective."""
 
     @abstractmethod
+    def rehearse(self, batch: Batch) -> None:
+        """Forward and backward without an update, to find an out-of-memory early; changes no state. Collective."""
+
+    @abstractmethod
     def evaluate(self, tokens: np.ndarray, micro_batch_size: int) -> np.ndarray:
         """Token losses of the same windows on every layout. Collective.
 
