@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from rewarm.errors import UserError
@@ -52,7 +53,7 @@ class WeightLog:
     def effective(self, sample: int) -> WeightEntry | None:
         """The entry in effect for this sample index, or None before the first."""
         held = [entry for entry in self._entries if entry.sample <= sample]
-        return max(held, key=lambda entry: entry.sample) if held else None
+        return held[-1] if held else None
 
     def append(self, sample: int, weights: Mapping[str, int], reason: str) -> WeightEntry:
         """Write an entry and wait until it is on disk, before the weights can take effect.
@@ -84,7 +85,14 @@ def _read(path: Path) -> list[WeightEntry]:
     if torn:
         _repair(path, len(content) - len(torn))
     lines = whole.split(b"\n") if whole else []
-    return [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+    entries = [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+    for number, (before, after) in enumerate(pairwise(entries), start=2):
+        if after.sample < before.sample:
+            raise UserError(
+                f"{path}:{number} takes effect at sample {after.sample}, before the line above it",
+                fix="restore the file as it was written",
+            )
+    return entries
 
 
 def _repair(path: Path, length: int) -> None:
