@@ -78,6 +78,11 @@ class ScheduleConfig(Section):
                 raise ValueError(f"schedule.{name}={value} is above schedule.peak={self.peak}")
         if self.plateau is not None and self.minimum > self.plateau:
             raise ValueError(f"schedule.minimum={self.minimum} is above schedule.plateau={self.plateau}")
+        if self.plateau is not None and self.plateau < self.peak and parse_duration(self.cooldown)[0] == 0:
+            raise ValueError(
+                f"schedule.cooldown={self.cooldown} leaves a jump from schedule.peak={self.peak} to "
+                f"schedule.plateau={self.plateau}: lengthen the cooldown or set peak to the plateau"
+            )
         if self.start and parse_duration(self.warmup)[0] == 0:
             raise ValueError(f"schedule.start={self.start} is ignored by schedule.warmup={self.warmup}: remove one")
         self._check_decay()
