@@ -12,60 +12,37 @@ import torch.distributed as dist
 from rewarm.engine import device
 from rewarm.errors import UserError
 
-_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-def environment_world_size() -> int:
-    """Ranks that the environment announces: ``WORLD_SIZE`` as torchrun sets it, or 1 without it.
-
-    Raises:
-        UserError: if only some of torchrun's variables are set, or they are not numbers in range.
-    """
-    present = [name for name in _VARIABLES if os.environ.get(name)]
-    if "RANK" not in present and "WORLD_SIZE" not in present:
-        return 1
-    missing = sorted(set(_VARIABLES) - set(present))
-    if missing:
-        raise UserError(
-            f"the environment sets {', '.join(present)} but not {', '.join(missing)}",
-            fix="start the ranks with torchrun or rewarm, or unset RANK and WORLD_SIZE for a single process",
-        )
-    try:
-        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    except ValueError:
-        rank, size = 0, -1
-    if not 0 <= rank < size:
-        raise UserError(f"RANK={os.environ['RANK']} and WORLD_SIZE={os.environ['WORLD_SIZE']} do not fit together")
-    return size
-
 
 def join(timeout_minutes: float) -> None:
     """Join the default process group, unless this process is in one already.
+
+    torchrun's variables (``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``, ``MASTER_PORT``) say which; without them it is a
+    group of one.
 
     Args:
         timeout_minutes: minutes until a collective that a lost rank never joins fails.
     """
     if dist.is_initialized():
         return
-    size = environment_world_size()
     local = device.activate()
     backend = device.communication_backend()
-    timeout = timedelta(minutes=timeout_minutes)
-    options: dict[str, Any] = {"device_id": local} if local.type == "cuda" else {}
-    if size == 1 and "RANK" not in os.environ:
-        # An in-memory store: a single process needs no port that another one may hold.
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, **options)
-        return
+    options: dict[str, Any] = {"timeout": timedelta(minutes=timeout_minutes)}
     if local.type == "cuda":
+        options["device_id"] = local
         # Megatron-Core's overlap of tensor-parallel communication relies on one hardware queue per device.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if "RANK" not in os.environ:
+        # An in-memory store: a single process needs no port that another one may hold.
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **options)
+        return
     try:
-        dist.init_process_group(backend, timeout=timeout, **options)
+        dist.init_process_group(backend, **options)
     except (dist.DistStoreError, dist.DistNetworkError) as error:
+        meeting = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise UserError(
-            f"rank {os.environ['RANK']} could not meet the other {size - 1} at "
-            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {str(error).splitlines()[0]}",
-            fix="check that every rank was started and that the port is free and reachable",
+            f"rank {os.environ['RANK']} of {os.environ.get('WORLD_SIZE')} could not meet the others at {meeting}: "
+            f"{str(error).splitlines()[0]}",
+            fix="check that every rank was started and that the address and the port are free and reachable",
         ) from error
 
 
@@ -94,6 +71,15 @@ def broadcast(value: Any) -> Any:
     return box[0]
 
 
+def gather(value: Any) -> list[Any]:
+    """Every rank's picklable value, in rank order, on every rank. Collective."""
+    if dist.get_world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
 def raise_on_every_rank(error: Exception | None) -> None:
     """Raise on all ranks if one of them brings an error: its own there, a copy elsewhere. Collective.
 
@@ -102,9 +88,7 @@ def raise_on_every_rank(error: Exception | None) -> None:
     """
     if not any_rank(error is not None):
         return
-    summary = None if error is None else _summary(error)
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, summary)
+    found = gather(None if error is None else _summary(error))
     if error is not None:
         raise error
     rank, (kind, arguments) = next((rank, entry) for rank, entry in enumerate(found) if entry is not None)

@@ -36,8 +36,8 @@ class MegatronEngine(Engine):
     """
 
     def __init__(self, config: RunConfig, architecture: Architecture, domain_names: Sequence[str]) -> None:
-        self.layout = layout.check_layout(config, architecture, ranks.environment_world_size())
         ranks.join(config.distributed.timeout)
+        self.layout = layout.check_layout(config, architecture, dist.get_world_size())
         self.config, self.architecture = config, architecture
         self._num_domains = len(domain_names)
         self._device = device.activate()
@@ -94,9 +94,13 @@ class MegatronEngine(Engine):
         norm, updated = self._optimizer.step(learning_rate)
         return StepResult(sums, counts, norm, skipped=not updated)
 
-    def rehearse(self, batch: Batch) -> None:
-        """See :meth:`Engine.rehearse`."""
+    def dry_run(self, batch: Batch) -> None:
+        """See :meth:`Engine.dry_run`."""
+        state = self.rng_state()
         self._forward_backward(batch)
+        for chunk in self._wrapped:
+            chunk.zero_grad_buffer()
+        self.set_rng_state(state)
 
     def _forward_backward(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """Loss sums and token counts per domain over all ranks; gradients lie reduced in the buffers."""
@@ -227,6 +231,10 @@ class MegatronEngine(Engine):
     def broadcast(self, value: Any) -> Any:
         """See :meth:`Engine.broadcast`."""
         return ranks.broadcast(value)
+
+    def gather(self, value: Any) -> list[Any]:
+        """See :meth:`Engine.gather`."""
+        return ranks.gather(value)
 
     def close(self) -> None:
         """See :meth:`Engine.close`."""
