@@ -60,11 +60,12 @@ class Console:
         self._origin = self._origin or (now, line["step"])
         head, losses = self._summary(line, now)
         if self._console.is_terminal and not self._console.is_dumb_terminal:
-            if self._live is None:
-                self._live = Live(console=self._console, refresh_per_second=4, transient=True)
-                self._live.start()
             self._progress.update(self._task, completed=line["step"], description=head)
-            self._live.update(Group(self._progress, Text("  " + losses, style="dim")))
+            shown = Group(self._progress, Text("  " + losses, style="dim"))
+            if self._live is None:
+                self._live = Live(shown, console=self._console, refresh_per_second=4, transient=True)
+                self._live.start(refresh=True)
+            self._live.update(shown)
         elif self._is_due(now, line["step"]):
             self._printed = now
             self.message(f"{head}  {losses}")

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import rewarm
 from rewarm.config.training import WandbConfig
 from rewarm.tracking.wandb import WandbWriter, find_key, resolve_mode
 
@@ -122,7 +123,8 @@ def test_nothing_is_started_before_the_first_step() -> None:
         "writer.close(0)\n"
         "sys.exit('wandb' in sys.modules)\n"
     )
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+    environment = {**os.environ, "PYTHONPATH": str(Path(rewarm.__file__).parents[1])}
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60, env=environment).returncode == 0
 
 
 def test_mode_by_key_and_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
