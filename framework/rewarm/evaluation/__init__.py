@@ -1,1 +1,1 @@
-"""Per-domain held-out losses, and what they say about learning and forgetting."""
+"""What a model knows of each domain, and how that changed."""
