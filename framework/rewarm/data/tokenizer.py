@@ -60,7 +60,7 @@ def open_tokenizer(
         UserError: if there is no tokenizer, or it has no such token.
     """
     folder = Path(folder)
-    backend = _open_backend(folder)
+    backend = open_backend(folder)
     # A saved truncation would silently cut every document short.
     backend.no_truncation()
     backend.no_padding()
@@ -87,13 +87,18 @@ def tokenizer_fingerprint(folder: str | Path) -> str:
     Raises:
         UserError: if there is no tokenizer.
     """
-    backend = _open_backend(Path(folder))
+    backend = open_backend(Path(folder))
     backend.no_truncation()
     backend.no_padding()
     return _fingerprint(backend, backend.get_vocab(with_added_tokens=True))
 
 
-def _open_backend(folder: Path) -> Tokenizer:
+def open_backend(folder: Path) -> Tokenizer:
+    """The fast tokenizer of a folder.
+
+    Raises:
+        UserError: if there is none.
+    """
     from tokenizers import Tokenizer
 
     if not folder.is_dir():
