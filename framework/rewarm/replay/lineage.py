@@ -31,7 +31,9 @@ class ConsumedDomain:
     windows: int
     """Windows trained on, repetitions included."""
     tokenizer_fingerprint: str
-    """Hash of the tokenizer it was built with."""
+    """Hash of the tokenizer it was built with; empty where a bare token file says nothing of it."""
+    held_out_fraction: float = 0.01
+    """Share of a bare token file that was held out, which decides what its training split is."""
 
 
 @dataclass(frozen=True, slots=True)
