@@ -52,7 +52,10 @@ class RunConfig(Section):
     replay: ReplayConfig = ReplayConfig()
     """How much of the lineage is fed back."""
     duration: Duration = "1000 steps"
-    """Length of the stage, in steps or tokens."""
+    """Length of the stage, in steps or tokens; percentages in the schedule are taken of this."""
+    stop_at: Duration | None = None
+    """Stop, save and exit at this point of the stage, leaving the schedule as it is; the same command without it
+    goes on. Null means the end."""
     batch: BatchConfig = BatchConfig()
     """Size of a step."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -120,6 +123,11 @@ class RunConfig(Section):
     def total_steps(self) -> int:
         """Steps of the stage."""
         return self.total_tokens // self.tokens_per_step
+
+    @property
+    def last_step(self) -> int:
+        """The step after which this invocation stops."""
+        return min(self.total_steps, self.steps(self.stop_at) or self.total_steps)
 
     def steps(self, duration: str | None) -> int | None:
         """A duration of this run in whole steps (at least 1), or None for None."""

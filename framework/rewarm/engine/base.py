@@ -66,6 +66,11 @@ class Engine(ABC):
         """Forward, backward, clip and update on this rank's slice. Collective."""
 
     @abstractmethod
+    def dry_run(self, batch: Batch) -> None:
+        """Forward and backward without an update, so that a layout that does not fit in memory fails before step 1
+        and not after the first long wait. Leaves no trace: gradients and random state are put back. Collective."""
+
+    @abstractmethod
     def evaluate(self, tokens: np.ndarray, micro_batch_size: int) -> np.ndarray:
         """Token losses of the same windows on every layout. Collective.
 
@@ -132,6 +137,10 @@ class Engine(ABC):
     @abstractmethod
     def broadcast(self, value: Any) -> Any:
         """Rank 0's picklable value, on every rank. Collective."""
+
+    @abstractmethod
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's picklable value, in rank order, on every rank. Collective."""
 
     @abstractmethod
     def close(self) -> None:
