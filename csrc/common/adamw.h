@@ -5,11 +5,10 @@
 // The CPU files are compiled with -ffp-contract=off; on CUDA the intrinsics keep the compiler from contracting.
 #pragma once
 
-#include <cmath>
-
 #include "numeric.h"
 
-// Everything about a step that is the same for all elements; mirrored by rewarm.native.AdamWStep.
+// Everything about a step that is the same for all elements; computed in double precision and
+// rounded once by rewarm.offload.adamw.AdamWStep, which mirrors it.
 struct rewarm_adamw_step {
     float one_minus_beta1;
     float beta2;

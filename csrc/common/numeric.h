@@ -93,29 +93,32 @@ REWARM_INLINE uint16_t to_bfloat16_stochastic(float value, uint32_t noise) {
 // An fp32 number as the bf16 number nearest to it and its low 16 bits. `high` is what to_bfloat16 gives, so it is the
 // model's own parameter. The two do not tell apart the ties that were rounded up from those rounded down; `tie_up`
 // does, and travels in the sign of the second moment, which is never negative.
+//
+// Flags are words of 0 or 1 and not booleans, so that compilers vectorise the loops over them.
 struct Split {
     uint16_t high;
     uint16_t low;
-    bool tie_up;
+    uint32_t tie_up;
 };
 
 REWARM_INLINE Split split(float value) {
     const uint32_t bits = bits_of(value);
-    const bool nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
-    const uint32_t low = nan ? 0u : bits & 0xFFFFu;
-    return Split{to_bfloat16(value), uint16_t(low), low == 0x8000u && ((bits >> 16) & 1u)};
+    const uint32_t low = (bits & 0x7FFFFFFFu) > 0x7F800000u ? 0u : bits & 0xFFFFu;  // a NaN has no remainder
+    const uint32_t odd = (bits >> 16) & 1u;
+    return Split{to_bfloat16(value), uint16_t(low), low == 0x8000u ? odd : 0u};
 }
 
-REWARM_INLINE float join(uint16_t high, uint16_t low, bool tie_up) {
-    const uint32_t rounded_up = (low > 0x8000u) | ((low == 0x8000u) & tie_up);
+REWARM_INLINE float join(uint16_t high, uint16_t low, uint32_t tie_up) {
+    // The carry out of the low half says whether rounding moved the high half: above a tie always, on a tie if told.
+    const uint32_t rounded_up = (uint32_t(low) + 0x7FFFu + tie_up) >> 16;
     return float_of(((uint32_t(high) - rounded_up) << 16) | low);
 }
 
-REWARM_INLINE float with_sign(float magnitude, bool negative) {
-    return float_of((bits_of(magnitude) & 0x7FFFFFFFu) | (negative ? 0x80000000u : 0u));
+REWARM_INLINE float with_sign(float magnitude, uint32_t negative) {
+    return float_of((bits_of(magnitude) & 0x7FFFFFFFu) | (negative << 31));
 }
 
-REWARM_INLINE bool sign_of(float value) { return bits_of(value) >> 31; }
+REWARM_INLINE uint32_t sign_of(float value) { return bits_of(value) >> 31; }
 
 template <int TYPE>
 REWARM_INLINE float load(const void* source, int64_t i) {
