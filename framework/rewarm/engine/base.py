@@ -111,8 +111,17 @@ class Engine(ABC):
         """Fill the model from a Hugging Face folder; each rank reads only its own shard. Collective."""
 
     @abstractmethod
-    def export_huggingface(self, folder: Path, *, tokenizer: Path | None) -> None:
-        """Write config, safetensors, tokenizer and generation files that ``AutoModelForCausalLM`` loads. Collective."""
+    def export_huggingface(
+        self, folder: Path, *, tokenizer: Path | None, dtype: str = "float32", replace: bool = False
+    ) -> None:
+        """Write config, safetensors, tokenizer and generation files that ``AutoModelForCausalLM`` loads. Collective.
+
+        Args:
+            folder: takes its name only when it is whole.
+            tokenizer: folder whose tokenizer and generation files go along; None means none.
+            dtype: ``"float32"`` or ``"bfloat16"``, of the tensors written.
+            replace: take the place of what is there.
+        """
 
     @abstractmethod
     def rng_state(self) -> Any:
