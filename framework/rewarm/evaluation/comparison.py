@@ -41,25 +41,30 @@ class DomainComparison:
         return f"learned {-self.change:.3f}" if self.change < 0 else f"forgot {self.change:.3f}"
 
 
-def compare(first: EvaluationLine, last: EvaluationLine, *, old_domains: Collection[str]) -> list[DomainComparison]:
-    """Compare two evaluations of one run, old domains before the new ones.
+def compare(lines: Sequence[EvaluationLine], new_domains: Collection[str]) -> list[DomainComparison]:
+    """Compare the first evaluation with the last, new domains after the old ones.
 
     Args:
-        first: the evaluation before the stage.
-        last: the one after it.
-        old_domains: domains of the lineage; all others are new. Those without a loss in both lines are left out.
+        lines: evaluation lines of one run, in order.
+        new_domains: domains that the lineage had not trained on.
+
+    Raises:
+        ValueError: with fewer than two lines.
     """
+    if len(lines) < 2:
+        raise ValueError(f"{len(lines)} evaluation lines; a comparison needs the first and the last")
+    first, last = lines[0]["domains"], lines[-1]["domains"]
     rows = []
-    for name, before in first["domains"].items():
-        after = last["domains"].get(name)
+    for name in first:
+        before, after = first[name], last.get(name)
         if after is None or before["loss"] is None or after["loss"] is None:
             continue
         bits = (before["bits_per_byte"], after["bits_per_byte"])
-        rows.append(DomainComparison(name, name not in old_domains, before["loss"], after["loss"], *bits))
+        rows.append(DomainComparison(name, name in new_domains, before["loss"], after["loss"], *bits))
     return sorted(rows, key=lambda row: row.is_new)
 
 
-def render(rows: Sequence[DomainComparison]) -> Table:
+def comparison_table(rows: Sequence[DomainComparison]) -> Table:
     """The comparison as a table for the terminal."""
     from rich.table import Table
 

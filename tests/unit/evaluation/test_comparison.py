@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 
+import pytest
 from rich.console import Console
 
-from rewarm.evaluation.comparison import compare, render
+from rewarm.evaluation.comparison import compare, comparison_table
 from rewarm.tracking.metrics import EvaluationLine
 
 
@@ -15,12 +16,15 @@ def line(step: int, **losses: tuple[float | None, float | None]) -> EvaluationLi
     return {"step": step, "tokens": step * 10, "domains": domains}  # type: ignore[typeddict-item]
 
 
-FIRST = line(0, python=(5.0, 2.0), english=(2.0, 0.9), notes=(3.0, None), empty=(None, None))
-LAST = line(100, python=(4.25, 1.7), english=(2.125, 0.95), notes=(3.0001, None), empty=(None, None))
+LINES = [
+    line(0, python=(5.0, 2.0), english=(2.0, 0.9), notes=(3.0, None), empty=(None, None)),
+    line(50, python=(9.0, 9.0), english=(9.0, 9.0), notes=(9.0, 9.0), empty=(None, None)),
+    line(100, python=(4.25, 1.7), english=(2.125, 0.95), notes=(3.0001, None), empty=(None, None)),
+]
 
 
-def test_old_domains_come_first() -> None:
-    rows = compare(FIRST, LAST, old_domains=["english", "notes"])
+def test_old_domains_come_first_and_only_the_ends_count() -> None:
+    rows = compare(LINES, {"python"})
     assert [(row.domain, row.is_new, row.before, row.after) for row in rows] == [
         ("english", False, 2.0, 2.125),
         ("notes", False, 3.0, 3.0001),
@@ -32,11 +36,11 @@ def test_old_domains_come_first() -> None:
 
 def test_table_holds_every_figure() -> None:
     text = io.StringIO()
-    Console(file=text, width=120).print(render(compare(FIRST, LAST, old_domains=["english", "notes"])))
+    Console(file=text, width=120).print(comparison_table(compare(LINES, {"python"})))
     for part in ("english", "2.1250", "0.9500", "forgot 0.125", "python", "learned 0.750", "new", "old"):
         assert part in text.getvalue()
 
 
-def test_a_domain_that_one_line_lacks_is_left_out() -> None:
-    rows = compare(FIRST, line(100, python=(4.0, 1.6)), old_domains=["english"])
-    assert [row.domain for row in rows] == ["python"]
+def test_one_line_is_refused() -> None:
+    with pytest.raises(ValueError, match="first and the last"):
+        compare(LINES[:1], set())
