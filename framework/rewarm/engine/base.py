@@ -111,8 +111,28 @@ class Engine(ABC):
         """Fill the model from a Hugging Face folder; each rank reads only its own shard. Collective."""
 
     @abstractmethod
-    def export_huggingface(self, folder: Path, *, tokenizer: Path | None) -> None:
-        """Write config, safetensors, tokenizer and generation files that ``AutoModelForCausalLM`` loads. Collective."""
+    def export_huggingface(
+        self,
+        folder: Path,
+        *,
+        tokenizer: Path | None,
+        lineage: Path | None = None,
+        dtype: str | None = None,
+        replace: bool = False,
+    ) -> None:
+        """Write a folder that ``AutoModelForCausalLM`` loads, visible only when whole. Collective.
+
+        Args:
+            folder: its name.
+            tokenizer: folder whose tokenizer, generation and licence files go along.
+            lineage: lineage.json that goes along.
+            dtype: ``"float32"`` or ``"bfloat16"`` of the tensors; None means the run's precision. A bfloat16 run
+                exports the rounded parameters that its forward pass uses.
+            replace: take the place of what is there instead of refusing.
+
+        Raises:
+            rewarm.errors.UserError: on every rank, if the name is taken or cannot be written.
+        """
 
     @abstractmethod
     def rng_state(self) -> Any:
