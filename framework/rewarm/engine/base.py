@@ -117,18 +117,18 @@ class Engine(ABC):
         *,
         tokenizer: Path | None,
         lineage: Path | None = None,
-        dtype: str | None = None,
+        dtype: str = "float32",
         replace: bool = False,
     ) -> None:
-        """Write a folder that ``AutoModelForCausalLM`` loads, visible only when whole. Collective.
+        """Write config, safetensors, tokenizer and generation files that ``AutoModelForCausalLM`` loads. Collective.
 
         Args:
-            folder: its name.
-            tokenizer: folder whose tokenizer, generation and licence files go along.
-            lineage: lineage.json that goes along.
-            dtype: ``"float32"`` or ``"bfloat16"`` of the tensors; None means the run's precision. A bfloat16 run
-                exports the rounded parameters that its forward pass uses.
-            replace: take the place of what is there instead of refusing.
+            folder: takes its name only when it is whole.
+            tokenizer: folder whose tokenizer, generation and licence files go along; None means none.
+            lineage: lineage.json that goes along, so that a stage which continues the export knows its ancestors.
+            dtype: ``"float32"`` or ``"bfloat16"``, of the tensors written. A bfloat16 run exports the rounded
+                parameters that its forward pass uses.
+            replace: take the place of what is there.
 
         Raises:
             rewarm.errors.UserError: on every rank, if the name is taken or cannot be written.

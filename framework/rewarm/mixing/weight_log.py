@@ -28,8 +28,8 @@ class WeightLog:
     """Append-only record of the weights of a run.
 
     Lines stand in the order they were decided, which need not be the order of their samples: a planned phase is written
-    long before it begins. The log is authoritative: a resumed run reads the weights back, also those that were decided after the checkpoint
-    it resumes from, and never computes them again. Only one process may write it.
+    long before it begins. The log is authoritative: a resumed run reads the weights back, also those that were decided
+    after the checkpoint it resumes from, and never computes them again. Only one process may write it.
 
     Args:
         path: the file; it need not exist. A last line that a crash left torn is removed when the log is opened.

@@ -54,6 +54,7 @@ class Tracker:
         self._evaluation = JsonLines(run_folder / "evaluation.jsonl")
         cuts = [(file, file.truncate_after(last)) for file in (self._metrics, self._evaluation)]
         evaluations = read_lines(self._evaluation.path)
+        self._last_evaluated = int(evaluations[-1]["step"]) if evaluations else None
         first = cast(EvaluationLine, evaluations[0]) if evaluations else None
         self._console = Console(domain_names, total_steps, first_evaluation=first)
         for file, cut in cuts:
@@ -67,6 +68,12 @@ class Tracker:
             if resolve_mode(config.wandb) != "disabled"
             else None
         )
+
+    @property
+    def last_evaluated_step(self) -> int | None:
+        """Step of the newest evaluation line that the checkpoint knows of; None before the first, and off the main
+        rank."""
+        return self._last_evaluated if self._is_main else None
 
     def step(self, line: MetricsLine) -> None:
         """Record a line of :func:`rewarm.tracking.metrics.metrics_line`."""

@@ -206,7 +206,7 @@ class MegatronEngine(Engine):
         *,
         tokenizer: Path | None,
         lineage: Path | None = None,
-        dtype: str | None = None,
+        dtype: str = "float32",
         replace: bool = False,
     ) -> None:
         """See :meth:`Engine.export_huggingface`."""
@@ -217,7 +217,7 @@ class MegatronEngine(Engine):
             self.chunks,
             self.architecture,
             folder,
-            getattr(torch, dtype or self.config.precision),
+            getattr(torch, dtype),
             tokenizer=tokenizer,
             lineage=lineage,
             replace=replace,
