@@ -65,7 +65,7 @@ def test_moments_matter(saved: tuple[Path, list[StepResult]]) -> None:
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_any_layout_to_any_other(source: str, target: str, tied: bool, tmp_path: Path) -> None:
     layouts: dict[str, tuple[int, dict[str, Any]]] = {**LAYOUTS, "single": (1, {})}
-    folder, settings = _folder(tmp_path), {"model": {"tie_embeddings": tied, "qk_norm": True}}
+    folder, settings = _folder(tmp_path), {"model": {"tie_embeddings": tied, "family": "qwen3", "qk_norm": True}}
     num_ranks, parallel = layouts[source]
     expected = run_ranks(
         workers.save_and_continue, num_ranks, {**settings, "parallel": parallel}, folder, BEFORE, AFTER
