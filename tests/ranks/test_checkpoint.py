@@ -77,6 +77,15 @@ def test_any_layout_to_any_other(source: str, target: str, tied: bool, tmp_path:
     assert difference(results, expected) < TOLERANCE
 
 
+@pytest.mark.parametrize("divisor", [1, 300])
+def test_continues_with_another_padding(divisor: int, saved: tuple[Path, list[StepResult]]) -> None:
+    """500 rows, padded to 512 when saved and to 500 or 600 when loaded into undefined memory."""
+    folder, expected = saved
+    settings = {**DECAY, "megatron": {"vocab_divisor": divisor}}
+    (results,) = run_ranks(workers.continue_parent, 1, settings, folder, BEFORE, AFTER)
+    assert difference(results, expected) < TOLERANCE
+
+
 def test_bfloat16_keeps_its_fp32_main_parameters(tmp_path: Path) -> None:
     folder, settings = _folder(tmp_path), {"precision": "bfloat16"}
     (expected,) = run_ranks(workers.save_and_continue, 1, settings, folder, BEFORE, AFTER)

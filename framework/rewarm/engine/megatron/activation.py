@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import silu
 
 
@@ -29,12 +29,15 @@ class _SwiGLU(torch.autograd.Function):
         return result
 
 
-class SwiGLU(nn.Module):
-    """The activation between the two projections of the feed-forward block."""
+class SwiGLU:
+    """The activation between the two projections of the feed-forward block.
+
+    No ``nn.Module``: it has no state, and Megatron-Core asks every module of the block for its shards.
+    """
 
     def __init__(self, config: Any) -> None:
-        super().__init__()
+        pass
 
-    def forward(self, projected: Tensor) -> Tensor:
+    def __call__(self, projected: Tensor) -> Tensor:
         """Args: projected [..., 2 * F], gate before up. Returns: [..., F]."""
         return _SwiGLU.apply(projected)

@@ -21,7 +21,7 @@ from rewarm.config.run import RunConfig
 from rewarm.engine import device, layout, ranks
 from rewarm.engine.base import Batch, Engine, StepResult
 from rewarm.engine.megatron import checkpoint, schedule
-from rewarm.engine.megatron.initialize import initialize
+from rewarm.engine.megatron.initialize import clear_padding, initialize
 from rewarm.engine.megatron.optimizer import Optimizer
 from rewarm.engine.megatron.transformer import Decoder, DecoderConfig, build_chunks, decoder_config
 from rewarm.model.architecture import Architecture
@@ -46,6 +46,8 @@ class MegatronEngine(Engine):
         self.chunks: list[Decoder] = build_chunks(config, architecture, self._decoder)
         if config.parent is None:
             initialize(self.chunks, architecture, config.seed)
+        else:
+            clear_padding(self.chunks, architecture)
         self._wrapped = self._wrap(self.chunks)
         self._optimizer = Optimizer(config.optimizer, self._wrapped, self._decoder.bf16)
 
