@@ -201,13 +201,27 @@ class MegatronEngine(Engine):
         self._optimizer.weights_changed()
 
     def export_huggingface(
-        self, folder: Path, *, tokenizer: Path | None, dtype: str = "float32", replace: bool = False
+        self,
+        folder: Path,
+        *,
+        tokenizer: Path | None,
+        lineage: Path | None = None,
+        dtype: str = "float32",
+        replace: bool = False,
     ) -> None:
         """See :meth:`Engine.export_huggingface`."""
         from rewarm.engine.megatron.weights import export_model
 
         self._gather_parameters()
-        export_model(self.chunks, self.architecture, folder, getattr(torch, dtype), files=tokenizer, replace=replace)
+        export_model(
+            self.chunks,
+            self.architecture,
+            folder,
+            getattr(torch, dtype),
+            tokenizer=tokenizer,
+            lineage=lineage,
+            replace=replace,
+        )
 
     def rng_state(self) -> Any:
         """See :meth:`Engine.rng_state`."""
