@@ -322,9 +322,9 @@ def limits(has_gpu: bool, shared_memory: Path = Path("/dev/shm")) -> Iterator[Fi
     if shared_memory.exists():
         size = shutil.disk_usage(shared_memory).total
         small = size < GIB
-        fix = "start the container with --shm-size=8g or --ipc=host" if small else None
+        mend = "start the container with --shm-size=8g or --ipc=host" if small else None
         level = Level.SLOW if small else Level.OK
-        yield Finding("shared memory", level, f"{size / GIB:.1f} GiB in {shared_memory}", fix)
+        yield Finding("shared memory", level, f"{size / GIB:.1f} GiB in {shared_memory}", mend)
 
 
 def tracking() -> Finding:
