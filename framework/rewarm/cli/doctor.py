@@ -90,7 +90,7 @@ def examine() -> Iterator[Finding]:
     yield from imports(["megatron.core"])
     yield from accelerated_libraries(has_gpu)
     yield from compilers(has_gpu)
-    yield native_library()
+    yield from native_libraries(has_gpu)
     yield from cores(os.environ, len(os.sched_getaffinity(0)), cpu_quota())
     yield memory()
     yield ranks(os.environ)
@@ -204,20 +204,18 @@ def compilers(has_gpu: bool) -> Iterator[Finding]:
             yield Finding(name, Level.NOTE, f"not found; {use}", f"install {name}, then install rewarm again")
 
 
-def native_library() -> Finding:
-    """The compiled C++ helpers; everything works without them, slower."""
-    from rewarm.mixing.native import LIBRARY, sampler_library
+def native_libraries(has_gpu: bool) -> Iterator[Finding]:
+    """The compiled helpers of ``csrc/``; everything works without them, slower."""
+    from rewarm.native import LIBRARY_FOLDER, REBUILD, open_library
 
-    fix = "install rewarm again" if shutil.which("g++") else "install g++, then install rewarm again"
-    if not LIBRARY.exists():
-        return Finding("native library", Level.SLOW, "not built: numpy does its work, slower", fix)
-    try:
-        loaded = sampler_library() is not None
-    except OSError as error:
-        return Finding("native library", Level.BROKEN, f"{LIBRARY} cannot be loaded: {error}", fix)
-    if not loaded:
-        return Finding("native library", Level.SLOW, f"{LIBRARY} is of another version", fix)
-    return Finding("native library", Level.OK, str(LIBRARY))
+    for kind in ("cpu", "cuda") if has_gpu else ("cpu",):
+        path = LIBRARY_FOLDER / f"librewarm_{kind}.so"
+        library, problem = open_library(path)
+        subject = f"native {kind} library"
+        if library is None:
+            yield Finding(subject, Level.SLOW, f"{problem}: fallbacks do its work, slower", f"run: {REBUILD}")
+        else:
+            yield Finding(subject, Level.OK, str(path))
 
 
 def cores(environment: Mapping[str, str], usable: int, quota: float | None) -> Iterator[Finding]:

@@ -116,7 +116,7 @@ def test_report_and_exit_status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     doctor.doctor()
     report = capsys.readouterr().out
     assert "nothing is broken" in report
-    for subject in ("packages", "cores", "memory", "disk", "wandb", "native library", "ulimit -l"):
+    for subject in ("packages", "cores", "memory", "disk", "wandb", "native cpu library", "ulimit -l"):
         assert subject in report
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(typer.Exit) as ended:
