@@ -130,7 +130,7 @@ class SkillItConfig(Section):
     """Evaluations whose losses are summed."""
 
 
-MIXER_SECTIONS = {
+MIXER_SECTIONS: dict[str, type[Section]] = {
     "temperature": TemperatureConfig,
     "unimax": UniMaxConfig,
     "phased": PhasedConfig,
