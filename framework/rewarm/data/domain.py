@@ -38,6 +38,8 @@ class Domain:
     held_out: WindowReader
     fingerprint: str
     """Of the content of the train split, wherever it lies; 32 hexadecimal digits."""
+    settings: DomainConfig
+    """What it was opened with."""
     tokenizer: str | None = None
     """Folder of the tokenizer it was built with, if known."""
     tokenizer_fingerprint: str | None = None
@@ -121,6 +123,7 @@ def open_domain(name: str, config: DomainConfig, sequence_length: int) -> Domain
         vocab_size=info.get("vocab_size"),
         max_token_id=info.get("max_token_id"),
         held_out_bytes_per_token=info["held_out"]["bytes"] / info["held_out"]["tokens"] if own_held_out else None,
+        settings=config,
         info=info,
     )
 
