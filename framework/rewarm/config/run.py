@@ -46,8 +46,8 @@ class RunConfig(Section):
     """Optimizer moments at the start of the stage; keep needs a parent that is a run."""
     model: ModelConfig | None = None
     """Shape of a model without parent; refused with a parent, which brings its own."""
-    data: dict[str, DomainConfig] = Field(min_length=1)
-    """The domains of this stage, by name."""
+    data: dict[str, DomainConfig]
+    """The domains of this stage, by name; at least one to train."""
     mixture: MixtureConfig = MixtureConfig()
     """How the domains share the batch."""
     replay: ReplayConfig = ReplayConfig()

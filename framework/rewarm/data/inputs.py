@@ -140,7 +140,7 @@ def _dataset_files(given: str, subset: str | None, split: str) -> list[Path]:
     """The Arrow files of anything that the datasets library can open, converted once into its cache if need be."""
     path = Path(given)
     looks_like_a_file = not path.exists() and (path.is_absolute() or given.startswith(".") or suffix_kind(path))
-    if looks_like_a_file or given.count("/") > 1 and not path.exists():
+    if looks_like_a_file or (given.count("/") > 1 and not path.exists()):
         raise UserError(f"{given} does not exist", fix="check the path; it is taken from the working directory")
     import datasets
 

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -35,10 +35,19 @@ class EncodeSettings:
 
     tokenizer: str
     tokenizer_fingerprint: str
-    end_of_document: str | None
+    end_of_document: str
     special_tokens: str
     text_key: str
     text_document: Literal["file", "line", "blank"]
+
+
+class Reject(NamedTuple):
+    """A malformed record."""
+
+    line: int
+    """Within the shard, from 1."""
+    why: str
+    raw: str
 
 
 @dataclass
@@ -54,21 +63,17 @@ class PartInfo:
     max_token_id: int = -1
     final: bool = False
     """True for the last part of its shard."""
-    rejects: list[list[Any]] = field(default_factory=list)
-    """[line within the shard, why, raw record] of each malformed record."""
+    rejects: list[Reject] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A part read back: N documents."""
+    """The N documents of a part."""
 
-    info: PartInfo
     tokens: np.ndarray
     """uint16 or int32 [sum of lengths]."""
     lengths: np.ndarray
     """int32 [N]; tokens of each document."""
-    hashes: np.ndarray
-    """uint64 [N, 2]; identity of each text."""
     sizes: np.ndarray
     """int64 [N]; UTF-8 bytes of each text."""
 
@@ -88,15 +93,28 @@ def part_path(folder: Path, key: str, number: int) -> Path:
 def read_info(path: Path) -> PartInfo:
     """A part's counts, without its tokens."""
     with np.load(path) as archive:
-        return PartInfo(**json.loads(archive["info"].tobytes()))
+        return _parse_info(archive["info"])
+
+
+def _parse_info(raw: np.ndarray) -> PartInfo:
+    fields = json.loads(raw.tobytes())
+    return PartInfo(**{**fields, "rejects": [Reject(*reject) for reject in fields["rejects"]]})
+
+
+def read_table(path: Path) -> tuple[PartInfo, np.ndarray]:
+    """A part's counts and the uint64 [N, 2] hashes of its documents, without its tokens."""
+    with np.load(path) as archive:
+        return _parse_info(archive["info"]), _as_hashes(archive["hashes"])
+
+
+def _as_hashes(raw: np.ndarray) -> np.ndarray:
+    return raw.view(">u8").astype(np.uint64).reshape(-1, 2)
 
 
 def read_part(path: Path) -> Part:
-    """All of a part."""
+    """A part's documents."""
     with np.load(path) as archive:
-        info = PartInfo(**json.loads(archive["info"].tobytes()))
-        hashes = archive["hashes"].view(">u8").astype(np.uint64).reshape(-1, 2)
-        return Part(info, archive["tokens"], archive["lengths"], hashes, archive["sizes"])
+        return Part(archive["tokens"], archive["lengths"], archive["sizes"])
 
 
 def finished_parts(folder: Path, key: str) -> tuple[list[PartInfo], bool]:
@@ -110,7 +128,7 @@ def finished_parts(folder: Path, key: str) -> tuple[list[PartInfo], bool]:
 
 
 class _PartBuilder:
-    """Gathers the documents of one part."""
+    """Gathers the documents of one part and tokenizes them in batches."""
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self.tokenizer, self.info = tokenizer, PartInfo()
@@ -126,7 +144,7 @@ class _PartBuilder:
     def add(self, item: Item) -> None:
         self.info.records += 1
         if item.text is None:
-            self.info.rejects.append([item.line, item.why, item.raw])
+            self.info.rejects.append(Reject(item.line, item.why, item.raw))
         elif not item.text.strip():
             self.info.empty += 1
         else:

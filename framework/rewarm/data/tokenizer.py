@@ -30,6 +30,7 @@ class TextTokenizer:
     folder: Path
     backend: Tokenizer
     end_of_document: int
+    end_of_document_token: str
     vocab_size: int
     """One more than the largest id, added tokens included."""
     fingerprint: str
@@ -60,10 +61,7 @@ def open_tokenizer(
         UserError: if there is no tokenizer, or it has no such token.
     """
     folder = Path(folder)
-    backend = _open_backend(folder)
-    # A saved truncation would silently cut every document short.
-    backend.no_truncation()
-    backend.no_padding()
+    backend = open_backend(folder)
     backend.encode_special_tokens = special_tokens == "text"
     name = end_of_document or _eos_name(folder)
     if name is None:
@@ -78,7 +76,8 @@ def open_tokenizer(
             fix="give --end-of-document a token of its vocabulary",
         )
     vocabulary = backend.get_vocab(with_added_tokens=True)
-    return TextTokenizer(folder, backend, identity, max(vocabulary.values()) + 1, _fingerprint(backend, vocabulary))
+    size = max(vocabulary.values()) + 1
+    return TextTokenizer(folder, backend, identity, name, size, _fingerprint(backend, vocabulary))
 
 
 def tokenizer_fingerprint(folder: str | Path) -> str:
@@ -87,37 +86,48 @@ def tokenizer_fingerprint(folder: str | Path) -> str:
     Raises:
         UserError: if there is no tokenizer.
     """
-    backend = _open_backend(Path(folder))
-    backend.no_truncation()
-    backend.no_padding()
+    backend = open_backend(Path(folder))
     return _fingerprint(backend, backend.get_vocab(with_added_tokens=True))
 
 
-def _open_backend(folder: Path) -> Tokenizer:
-    from tokenizers import Tokenizer
+def open_backend(folder: Path) -> Tokenizer:
+    """The bare tokenizer of a folder, which cuts nothing off and pads nothing.
 
+    Raises:
+        UserError: if there is none.
+    """
     if not folder.is_dir():
         raise UserError(
             f"tokenizer {folder} is not a folder", fix="give the folder of a Hugging Face tokenizer or model"
         )
-    file = folder / "tokenizer.json"
     try:
-        if file.is_file():
-            return Tokenizer.from_file(str(file))
-        from transformers import AutoTokenizer
-
-        backend = getattr(AutoTokenizer.from_pretrained(str(folder)), "backend_tokenizer", None)
+        backend = _read_backend(folder)
     except Exception as error:  # both libraries raise bare Exception for a file they cannot read
+        reason = str(error).strip().splitlines()
         raise UserError(
-            f"the tokenizer {folder} cannot be opened: {str(error).strip().splitlines()[0]}",
+            f"the tokenizer {folder} cannot be opened: {reason[0] if reason else error!r}",
             fix="give a folder with tokenizer.json",
         ) from error
-    if not isinstance(backend, Tokenizer):
+    if backend is None:
         raise UserError(
             f"the tokenizer {folder} has no fast form",
             fix="convert it: AutoTokenizer.from_pretrained(folder).save_pretrained(other) with a tokenizer.json",
         )
+    # A saved truncation would silently cut every document short.
+    backend.no_truncation()
+    backend.no_padding()
     return backend
+
+
+def _read_backend(folder: Path) -> Tokenizer | None:
+    from tokenizers import Tokenizer
+
+    file = folder / "tokenizer.json"
+    if file.is_file():
+        return Tokenizer.from_file(str(file))
+    from transformers import AutoTokenizer
+
+    return getattr(AutoTokenizer.from_pretrained(str(folder)), "backend_tokenizer", None)
 
 
 def _eos_name(folder: Path) -> str | None:

@@ -23,17 +23,18 @@ def evaluate_run(
         windows: held-out windows per domain; None means the run's setting.
     """
     from rewarm.launch.environment import find_ranks
-    from rewarm.train.open import open_run
+    from rewarm.train.open import open_model
+    from rewarm.train.tokenizers import check_tokenizers
 
-    run = open_run(path, overrides)
-    settings = run.config.evaluation
-    stage = run.stage(find_ranks().world_size)
-    domains = stage.evaluated
+    model = open_model(path, overrides)
+    settings = model.config.evaluation
     if data:
-        length = run.config.batch.sequence_length
+        length = model.config.batch.sequence_length
         domains = [open_domain(name, DomainConfig(path=where), length) for name, where in data.items()]
-        _measure(domains, stage.tokenizer)
-    engine = run.engine(stage)
+        check_tokenizers(model.tokenizer, model.architecture, domains)
+    else:
+        domains = model.stage(find_ranks().world_size).evaluated
+    engine = model.engine()
     try:
         return [
             (domain, evaluate_domain(engine, domain, windows or settings.windows_per_domain, settings.micro_batch_size))
@@ -69,8 +70,8 @@ def evaluate_huggingface(
 
 
 def _measure(domains: list[Domain], tokenizer: Path | None) -> None:
-    from rewarm.data.tokenizer import load_tokenizer
+    from rewarm.data.tokenizer import open_backend
 
     for domain in domains:
         if domain.held_out_bytes_per_token is None and tokenizer is not None:
-            domain.measure_bytes_per_token(load_tokenizer(tokenizer))
+            domain.measure_bytes_per_token(open_backend(tokenizer))

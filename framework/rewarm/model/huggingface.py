@@ -44,9 +44,9 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
         _words(
             "attention_bias mlp_bias use_bias attention_dropout hidden_dropout resid_pdrop embd_pdrop "
             "quantization_config compression_config attn_logit_softcapping final_logit_softcapping "
-            "attention_chunk_size num_experts num_local_experts num_experts_per_tok "
-            "moe_intermediate_size num_nextn_predict_layers no_rope_layers rope_interleaved use_qk_norm "
-            "qk_layernorm is_encoder_decoder add_cross_attention cross_attention_hidden_size tie_encoder_decoder auto_map adapter_config"
+            "attention_chunk_size num_experts num_local_experts num_experts_per_tok moe_intermediate_size "
+            "num_nextn_predict_layers no_rope_layers rope_interleaved use_qk_norm qk_layernorm is_encoder_decoder "
+            "add_cross_attention cross_attention_hidden_size tie_encoder_decoder auto_map adapter_config"
         ),
         _OFF,
     ),
@@ -211,14 +211,14 @@ class _Values:
         usual = "it changes what the model computes and nothing here computes it; continue a model without it"
         return self.refusal(key, f"= {_shown(self.get(key))} is not supported", fix or usual)
 
-    def count(self, key: str, default: int | None = None) -> int:
+    def count(self, key: str, default: int | None = None, minimum: int = 1) -> int:
         value = self.get(key)
         if value is None:
             if default is None:
                 raise self.refusal(key, "is missing", "download the folder again")
             return default
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.refusal(key, f"= {_shown(value)} is not a positive whole number")
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise self.refusal(key, f"= {_shown(value)} is not a whole number of at least {minimum}")
         return value
 
     def number(self, key: str, default: float) -> float:
@@ -282,7 +282,7 @@ def _check_windows(config: _Values, family: Family) -> None:
         if not config.flag("use_sliding_window"):
             return
         window = config.count("sliding_window", default=4096) if "sliding_window" not in config.values else window
-        if config.count("max_window_layers", default=28) >= config.count("num_hidden_layers"):
+        if config.count("max_window_layers", default=28, minimum=0) >= config.count("num_hidden_layers"):
             return
     elif family == "mistral" and "sliding_window" not in config.values:
         window = 4096  # what transformers takes for a missing key

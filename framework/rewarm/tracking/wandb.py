@@ -26,6 +26,8 @@ from rewarm.config.training import WandbConfig
 
 REMEMBER_EVERY = 2.0
 """Seconds between notes of the last step handed over; what came after the note is sent again after a kill."""
+INIT_TIMEOUT = 45.0
+"""Seconds that the server has to answer before the run is recorded offline."""
 CLOSE_TIMEOUT = 60.0
 """Seconds that a finished run waits for wandb."""
 
@@ -169,6 +171,7 @@ class WandbWriter:
             if self._config.mode == "online" or mode == "offline":
                 raise
             self._say(f"warning: wandb cannot be reached ({type(error).__name__}); recording offline")
+            wandb.teardown()  # its service still holds the id of the failed run
             mode, run = "offline", self._init(wandb, "offline")
         if mode == "online":
             self._floor = max(self._floor, run.starting_step - 1)
@@ -187,7 +190,7 @@ class WandbWriter:
             resume="allow" if mode == "online" else None,
             dir=str(self._folder),
             mode=mode,
-            settings=wandb.Settings(console="off", silent=True, save_code=False),
+            settings=wandb.Settings(console="off", silent=True, save_code=False, init_timeout=INIT_TIMEOUT),
         )
         run.config.update(dict(self._config_dump), allow_val_change=True)
         return run

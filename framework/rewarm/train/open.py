@@ -1,90 +1,91 @@
-"""Opening a run that has trained, to look at its model."""
+"""Opening a model that has trained or was imported, to look at it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from rewarm.checkpoint import store
+from rewarm.checkpoint.distributed import read_state
 from rewarm.config.load import apply_override, build
 from rewarm.config.run import RunConfig
 from rewarm.engine.base import Engine
 from rewarm.errors import UserError
+from rewarm.model.architecture import Architecture
+from rewarm.train.parent import find_parent
 from rewarm.train.stage import Stage, resolve_stage
 from rewarm.train.state import MODEL
 
-LAYOUT = ("parallel", "distributed", "megatron")
+_OF_THE_MACHINE = ("parallel", "distributed", "megatron")
 """Settings of a run that belong to the machines it trained on; looking at its model starts from the defaults."""
 
 
 @dataclass(frozen=True, slots=True)
-class OpenRun:
-    """A run and one of its checkpoints."""
+class OpenModel:
+    """A checkpoint with what is needed to run its model."""
 
     config: RunConfig
+    folder: Path
+    """The run folder."""
     checkpoint: Path
+    architecture: Architecture
+    tokenizer: Path | None
 
     def stage(self, num_ranks: int) -> Stage:
-        """Its resolved stage."""
+        """The resolved stage of the run; an imported model has none."""
         return resolve_stage(self.config, num_ranks)
 
-    def engine(self, stage: Stage) -> Engine:
-        """The model of the checkpoint, on the ranks of this job. Collective."""
+    def engine(self) -> Engine:
+        """The model on the ranks of this job. Collective."""
         from rewarm.engine.build import build_engine
 
-        engine = build_engine(self.config, stage.architecture, stage.names)
+        engine = build_engine(self.config, self.architecture, list(self.config.data))
         engine.load(self.checkpoint / MODEL, optimizer=False)
         return engine
 
 
-def open_run(path: str | Path, overrides: Iterable[str] = ()) -> OpenRun:
-    """Find a run's configuration and the checkpoint that is meant.
+def open_model(path: str | Path, overrides: Iterable[str] = ()) -> OpenModel:
+    """Find a checkpoint and the configuration that goes with it.
 
     Args:
         path: a run folder (its newest whole checkpoint), or a ``checkpoints/step-<n>`` folder inside one.
         overrides: ``a.b.c=value``; the layout is one process unless they say otherwise.
 
     Raises:
-        UserError: if the path is neither, or no checkpoint is whole.
+        UserError: if the path is neither, or the checkpoint is damaged.
     """
-    folder = Path(path)
-    is_checkpoint = store.step_of(folder) is not None and folder.parent.name == "checkpoints"
-    run = folder.resolve().parent.parent if is_checkpoint else folder.resolve()
-    if not (run / "config.yaml").is_file():
+    found = find_parent(str(path))
+    if found.checkpoint is None:
         raise UserError(
-            f"{path} is neither a run (no config.yaml) nor a checkpoint of one",
-            fix="name a run folder such as runs/NAME, or runs/NAME/checkpoints/step-N",
+            f"{path} is a Hugging Face folder, and a run is needed here", fix="name a run folder such as runs/NAME"
         )
-    values = yaml.safe_load((run / "config.yaml").read_text())
-    for section in LAYOUT:
+    try:
+        store.verify(found.checkpoint)
+    except store.DamagedCheckpoint as damage:
+        raise UserError(f"{found.checkpoint} is damaged: {damage}", fix="name another one of the run") from damage
+    folder = found.folder.resolve()
+    values = _settings(folder, found.checkpoint, found.architecture)
+    for section in _OF_THE_MACHINE:
         values.pop(section, None)
-    # The folder may have been moved or renamed since it was written.
-    values["name"], values["runs_folder"] = run.name, str(run.parent)
+    # The folder may have been moved or renamed since it was written, and the weights are in the checkpoint.
+    values |= {"name": folder.name, "runs_folder": str(folder.parent)}
     for override in overrides:
         apply_override(values, override)
-    config = build(values, source=str(run / "config.yaml"))
-    return OpenRun(config, _checked(folder) if is_checkpoint else _newest(run))
+    config = build(values, source=str(path))
+    return OpenModel(config, folder, found.checkpoint.resolve(), found.architecture, found.tokenizer)
 
 
-def _newest(run: Path) -> Path:
-    damages = []
-    for checkpoint in store.list_checkpoints(run / "checkpoints"):
-        try:
-            store.verify(checkpoint)
-            return checkpoint
-        except store.DamagedCheckpoint as damage:
-            damages.append(str(damage))
-    raise UserError(
-        f"{run} has no whole checkpoint" + (f" ({damages[0]})" if damages else ""), fix="let it train and save first"
-    )
-
-
-def _checked(checkpoint: Path) -> Path:
-    try:
-        store.verify(checkpoint)
-    except store.DamagedCheckpoint as damage:
-        raise UserError(f"{checkpoint} is damaged: {damage}", fix="name another checkpoint of the run") from damage
-    return checkpoint.resolve()
+def _settings(folder: Path, checkpoint: Path, architecture: Architecture) -> dict[str, Any]:
+    """The run's own settings, or, for an imported model, which has none, as few as an engine needs."""
+    if (folder / "config.yaml").is_file():
+        return dict(yaml.safe_load((folder / "config.yaml").read_text()))
+    return {
+        "parent": str(checkpoint),
+        "precision": read_state(checkpoint)["precision"],
+        "data": {},
+        "batch": {"sequence_length": min(256, architecture.max_position_embeddings)},
+    }

@@ -200,12 +200,28 @@ class MegatronEngine(Engine):
         import_weights(self.chunks, self.architecture, folder)
         self._optimizer.weights_changed()
 
-    def export_huggingface(self, folder: Path, *, tokenizer: Path | None) -> None:
+    def export_huggingface(
+        self,
+        folder: Path,
+        *,
+        tokenizer: Path | None,
+        lineage: Path | None = None,
+        dtype: str = "float32",
+        replace: bool = False,
+    ) -> None:
         """See :meth:`Engine.export_huggingface`."""
-        from rewarm.engine.megatron.weights import export_weights
+        from rewarm.engine.megatron.weights import export_model
 
         self._gather_parameters()
-        export_weights(self.chunks, self.architecture, folder)
+        export_model(
+            self.chunks,
+            self.architecture,
+            folder,
+            getattr(torch, dtype),
+            tokenizer=tokenizer,
+            lineage=lineage,
+            replace=replace,
+        )
 
     def rng_state(self) -> Any:
         """See :meth:`Engine.rng_state`."""

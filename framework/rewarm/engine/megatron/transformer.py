@@ -13,6 +13,12 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -154,5 +160,16 @@ def build_chunks(config: RunConfig, architecture: Architecture, decoder: Decoder
             vp_stage=vp_stage,
         )
         chunk.true_vocab_size = architecture.vocab_size
+        _mark_split_weights(chunk)
         chunks.append(chunk)
     return chunks
+
+
+def _mark_split_weights(chunk: Decoder) -> None:
+    """Megatron-Core marks the axis that tensor ranks split only where it draws the weights itself. Unmarked, they
+    would be taken for copies, and all but the first rank's left out of the gradient norm."""
+    axes = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
+    for module in chunk.modules():
+        axis = axes.get(type(module))
+        if axis is not None and module.weight is not None:
+            set_tensor_model_parallel_attributes(module.weight, True, axis, 1)
