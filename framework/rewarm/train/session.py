@@ -45,11 +45,15 @@ def run_session(config: RunConfig) -> None:
         engine.barrier()
         open_logs(stage.folder, engine.rank)
         run = assemble(config, stage, engine)
-        train(run, standard_hooks())
+        try:
+            train(run, standard_hooks())
+        except BaseException:
+            run.tracker.close(1)
+            raise
         run.feed.close()
+        run.tracker.close(0)
         if engine.is_main:
             print_summary(run)
-        run.tracker.close(0)
     except BaseException:
         log.exception("rank %d failed", engine.rank)
         raise

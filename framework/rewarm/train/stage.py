@@ -15,10 +15,12 @@ from rewarm.config.run import RunConfig
 from rewarm.data.domain import Domain, open_domain
 from rewarm.engine.layout import check_layout
 from rewarm.errors import UserError
+from rewarm.mixing.controller import MixtureController
+from rewarm.mixing.mixers.build import build_mixer
 from rewarm.mixing.mixture import Clock, initial_weights, planned_changes
 from rewarm.mixing.sampler import SampledDomain, Sampler
 from rewarm.mixing.weight_log import WeightEntry
-from rewarm.mixing.weights import TOTAL, align
+from rewarm.mixing.weights import TOTAL, align, fractions
 from rewarm.model.architecture import Architecture
 from rewarm.model.tokenizer_check import required_rows
 from rewarm.replay.lineage import ConsumedDomain, Lineage
@@ -82,6 +84,19 @@ class Stage:
             sampler.plan(self.config.total_steps * self.config.batch.global_batch_size)
         return sampler
 
+    def controller(self) -> MixtureController:
+        """What steers the weights of the new domains after evaluations, as it stands at the first step."""
+        config, num_new = self.config, len(self.config.data)
+        weights = fractions(self.initial_weights[:num_new])
+        mixer = build_mixer(config.mixture, self.names[:num_new], weights, lambda text: config.steps(text) or 0)
+        return MixtureController(
+            config.mixture,
+            mixer,
+            replayed=dict(zip(self.names[num_new:], self.initial_weights[num_new:].tolist(), strict=True)),
+            replay_fraction=config.replay.fraction,
+            total_samples=config.total_steps * config.batch.global_batch_size,
+        )
+
     def _max_epochs(self, name: str) -> float | None:
         return self.config.data[name].max_epochs if name in self.config.data else None
 
@@ -144,7 +159,9 @@ def resolve_stage(config: RunConfig, num_ranks: int) -> Stage:
     check_tokenizers(tokenizer, architecture, evaluated)
     _check_enough_windows(config, trained, weights)
     stage = Stage(config, origin, architecture, tokenizer, trained, evaluated, weights, planned, list(old.messages))
+    # Both refuse what could only fail after the ranks have started.
     stage.sampler(None, planned)
+    stage.controller()
     return stage
 
 

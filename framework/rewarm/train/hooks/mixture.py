@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from rewarm.mixing.controller import Change, MixtureController
-from rewarm.mixing.mixers.build import build_mixer
+from rewarm.mixing.controller import Change
 from rewarm.mixing.weight_log import WeightLog
-from rewarm.mixing.weights import fractions
 from rewarm.tracking.metrics import read_lines
 from rewarm.train.hooks.base import Hook
 
@@ -25,21 +23,11 @@ class MixtureHook(Hook):
 
     def start(self, run: Run) -> None:
         """Build the controller, restore it, and make the update that is due."""
-        config, stage = run.config, run.stage
-        num_new = len(config.data)
-        weights = fractions(stage.initial_weights[:num_new])
-        mixer = build_mixer(config.mixture, stage.names[:num_new], weights, lambda text: config.steps(text) or 0)
-        self._total_samples = config.total_steps * config.batch.global_batch_size
-        self._controller = MixtureController(
-            config.mixture,
-            mixer,
-            replayed=dict(zip(stage.names[num_new:], stage.initial_weights[num_new:].tolist(), strict=True)),
-            replay_fraction=config.replay.fraction,
-            total_samples=self._total_samples,
-        )
+        self._total_samples = run.config.total_steps * run.config.batch.global_batch_size
+        self._controller = run.stage.controller()
         if "mixture" in run.extra_state:
             self._controller.load_state_dict(run.extra_state["mixture"])
-        self._interval = config.steps(config.evaluation.interval)
+        self._interval = run.config.steps(run.config.evaluation.interval)
         self._log = WeightLog(run.folder / "mixture.jsonl") if run.engine.is_main else None
         self._update(run)
 
