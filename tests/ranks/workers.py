@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +133,22 @@ def fail_to_load(settings: dict[str, Any], folder: Path) -> str:
     except UserError as error:
         return str(error)
     return "loaded"
+
+
+def identity() -> tuple[str, int]:
+    """This rank's number and process."""
+    return os.environ["RANK"], os.getpid()
+
+
+def hang_on_rank_one(folder: Path) -> None:
+    """Leave the process number behind; rank 1 never returns."""
+    (folder / str(os.getpid())).touch()
+    if os.environ["RANK"] == "1":
+        time.sleep(3600)
+
+
+def die_on_rank_one() -> None:
+    """Rank 1 ends at once, rank 0 waits for it."""
+    if os.environ["RANK"] == "1":
+        os._exit(3)
+    time.sleep(3600)

@@ -105,28 +105,27 @@ class MegatronEngine(Engine):
 
     def _forward_backward(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """Loss sums and token counts per domain over all ranks; gradients lie reduced in the buffers."""
-        counts = self._token_counts(batch)
+        length = batch.tokens.shape[1] - 1
+        counts = np.full(len(batch.tokens), length) if batch.loss_mask is None else batch.loss_mask.sum(axis=1)
+        total = counts.sum() * self.layout.data
+        if batch.loss_mask is not None:
+            total = self._sum(counts.sum() * np.float64(self._reports))
         for chunk in self._wrapped:
             chunk.zero_grad_buffer()
         batches = schedule.split(batch.tokens, batch.loss_mask, self.config.batch.micro_batch_size)
-        losses = schedule.train(self._wrapped, batches, max(1, int(counts.sum())))
-        sums: np.ndarray = np.zeros(self._num_domains)
+        losses = schedule.train(self._wrapped, batches, max(1, int(total)))
+        measured: np.ndarray = np.zeros((2, self._num_domains))
         if self._reports:
-            windows = torch.cat(losses).cpu().numpy()
-            sums = np.bincount(batch.domains, weights=windows, minlength=self._num_domains)
-        return self._sum(sums), counts
+            per_window = torch.cat(losses).cpu().numpy(), counts
+            measured = np.stack([np.bincount(batch.domains, values, self._num_domains) for values in per_window])
+        sums, tokens = self._sum(measured)
+        return sums, tokens.astype(np.int64)
 
-    def _token_counts(self, batch: Batch) -> np.ndarray:
-        length = batch.tokens.shape[1] - 1
-        per_window = np.full(len(batch.tokens), length) if batch.loss_mask is None else batch.loss_mask.sum(axis=1)
-        counts = np.bincount(batch.domains, weights=per_window, minlength=self._num_domains)
-        return self._sum(counts if self._reports else np.zeros(self._num_domains)).astype(np.int64)
-
-    def _sum(self, values: np.ndarray) -> np.ndarray:
-        """Sum over all ranks, in float64."""
+    def _sum(self, values: Any) -> Any:
+        """Sum of float64 values over all ranks."""
         if self.world_size == 1:
-            return values.astype(np.float64)
-        return ranks.sum_over_ranks(torch.from_numpy(values).to(self._device, torch.float64)).cpu().numpy()
+            return values
+        return ranks.sum_over_ranks(torch.as_tensor(values).to(self._device, torch.float64)).cpu().numpy()
 
     def evaluate(self, tokens: np.ndarray, micro_batch_size: int) -> np.ndarray:
         """See :meth:`Engine.evaluate`."""
