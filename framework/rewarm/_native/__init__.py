@@ -1,1 +1,0 @@
-"""Where the build puts the compiled libraries; :mod:`rewarm.native` loads them."""
