@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from ranks.tiny import global_batch, local_batch, tiny_engine
+from ranks.tiny import DOMAINS, VOCAB_SIZE, global_batch, local_batch, tiny_config, tiny_engine
 from rewarm.engine.base import StepResult
+from rewarm.engine.build import build_engine
 from rewarm.engine.megatron import engine as engine_module
 from rewarm.engine.megatron.engine import MegatronEngine
 from rewarm.engine.megatron.initialize import global_parameters
 from rewarm.errors import UserError
+from rewarm.model.architecture import Architecture
 
 LEARNING_RATE = 1e-3
 
@@ -84,6 +87,17 @@ def load_and_continue(
     results = [engine.train_step(local_batch(engine, before + step), LEARNING_RATE) for step in range(after)]
     engine.close()
     return results
+
+
+def continue_parent(settings: dict[str, Any], folder: Path, before: int, after: int) -> list[StepResult]:
+    """As :func:`load_and_continue` of a stage with a parent, whose weights are undefined before: not a number."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN
+    model = tiny_config(**settings).model
+    assert model is not None
+    config = tiny_config(**{**settings, "model": None, "parent": "elsewhere"})
+    engine = build_engine(config, Architecture.from_config(model, VOCAB_SIZE), DOMAINS)
+    engine.load(folder)
+    return [engine.train_step(local_batch(engine, before + step), LEARNING_RATE) for step in range(after)]
 
 
 def optimizer_settings(settings: dict[str, Any], folder: Path) -> dict[str, set[Any]]:

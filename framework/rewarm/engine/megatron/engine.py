@@ -21,7 +21,7 @@ from rewarm.config.run import RunConfig
 from rewarm.engine import device, layout, ranks
 from rewarm.engine.base import Batch, Engine, StepResult
 from rewarm.engine.megatron import checkpoint, schedule
-from rewarm.engine.megatron.initialize import initialize
+from rewarm.engine.megatron.initialize import clear_padding, initialize
 from rewarm.engine.megatron.optimizer import Optimizer
 from rewarm.engine.megatron.transformer import Decoder, DecoderConfig, build_chunks, decoder_config
 from rewarm.model.architecture import Architecture
@@ -46,6 +46,8 @@ class MegatronEngine(Engine):
         self.chunks: list[Decoder] = build_chunks(config, architecture, self._decoder)
         if config.parent is None:
             initialize(self.chunks, architecture, config.seed)
+        else:
+            clear_padding(self.chunks, architecture)
         self._wrapped = self._wrap(self.chunks)
         self._optimizer = Optimizer(config.optimizer, self._wrapped, self._decoder.bf16)
 
@@ -80,8 +82,7 @@ class MegatronEngine(Engine):
             overlap_param_gather=overlap,
         )
         wrapped = [
-            DistributedDataParallel(self._decoder, settings, chunk, disable_bucketing=index > 0)
-            for index, chunk in enumerate(chunks)
+            _Replica(self._decoder, settings, chunk, disable_bucketing=index > 0) for index, chunk in enumerate(chunks)
         ]
         self._decoder.finalize_model_grads_func = _finalize
         if overlap:
@@ -257,6 +258,21 @@ class MegatronEngine(Engine):
         parallel_state.destroy_model_parallel()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+class _Replica(DistributedDataParallel):
+    """Megatron-Core's replica of a chunk, without collectives where there is no other replica: they would copy every
+    gradient and every parameter onto itself."""
+
+    def finish_grad_sync(self, *args: Any, **kwargs: Any) -> None:
+        """See the base class."""
+        if self.dp_group.size() > 1:
+            super().finish_grad_sync(*args, **kwargs)
+
+    def start_param_sync(self, *args: Any, **kwargs: Any) -> None:
+        """See the base class."""
+        if self.dp_group.size() > 1:
+            super().start_param_sync(*args, **kwargs)
 
 
 def _finalize(chunks: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
