@@ -129,13 +129,16 @@ class _Builder:
         self.ready[subgroup] = done
         if not route.on_device:
             size = price.h2d * self.size
-            self.ready[subgroup] = self._copy("upload", "upload", "h2d", size, (done,), subgroup)
+            # An fp32 parameter is the master itself, which lies in the host slot; a 16-bit copy has its own buffer.
+            held = host_slot if self.job.param_bytes == 4 else None
+            self.ready[subgroup] = self._copy("upload", "upload", "h2d", size, (done,), subgroup, host_slot=held)
         if route.moves_state:
             size = price.d2h_state * self.size
             done = self._copy("flush", "flush", "d2h", size, (done,), subgroup, slot, host_slot)
             self.flushes.append(done)
         if route.on_nvme:
-            self.writes.append(self._nvme("write", price.nvme, (done,), subgroup, host_slot))
+            after = (done, self.ready[subgroup]) if self.job.param_bytes == 4 else (done,)
+            self.writes.append(self._nvme("write", price.nvme, after, subgroup, host_slot))
 
     def _full(self, used: list[int], kind: str) -> bool:
         return len(used) >= (self.placement.slots if kind == "device" else self.placement.host_slots)

@@ -343,7 +343,7 @@ def _improve(machine: Machine, job: Job, best: Scored, bound: float) -> Scored:
             if fits(machine, job, placement):
                 tried = Scored(placement, step_seconds(machine, job, placement))
                 better = min(better, tried, key=lambda scored: scored.seconds)
-        if better.seconds < best.seconds * 0.998:
+        if better.seconds < best.seconds * 0.999:
             best = better
         elif stride > 1:
             stride = 1
@@ -360,8 +360,9 @@ def _neighbours(placement: Placement, stride: int) -> Iterator[Placement]:
         moved = {**counts, donor: counts[donor] - step, taker: counts[taker] + step}
         yield replace(placement, routes=interleave(moved))
     if any(not route.on_device for route in used) and len(used) > 1:
-        for share in (placement.cpu_share * 0.7, placement.cpu_share / 0.7):
-            if 0.05 < share:
+        factor = 0.7 if stride > 1 else 0.92
+        for share in (placement.cpu_share * factor, placement.cpu_share / factor):
+            if share > 0.05:
                 yield replace(placement, cpu_share=min(1.0, share))
 
 
