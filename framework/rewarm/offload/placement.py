@@ -306,24 +306,26 @@ def search(
         UserError: if the state fits nowhere.
     """
     split = split and job.param_bytes == 2
-    relaxations = relax(machine, job, subgroups, slots=slots, host_slots=host_slots, split=split)
-    bound = relaxations[0]
+    try:
+        relaxations = relax(machine, job, subgroups, slots=slots, host_slots=host_slots, split=split)
+    except UserError:
+        if (slots, host_slots) == (2, 2):
+            raise
+        return search(machine, job, subgroups, slots=2, host_slots=2, split=split)  # smaller buffers may leave room
     found = [score(machine, job, placement) for placement in corners(machine, job, subgroups, slots=slots)]
     for relaxation in relaxations:
-        best = min((scored.seconds for scored in found), default=math.inf)
-        if relaxation.seconds >= best:
+        if relaxation.seconds >= min((scored.seconds for scored in found), default=math.inf):
             break
         routes = interleave(relaxation.counts)
         placement = Placement(routes, slots=slots, host_slots=host_slots, split=split, name="auto")
-        if not fits(machine, job, placement):
-            continue
-        # With all its threads the CPU takes DRAM from the copies; as many as its share of the work needs do not.
-        paced = replace(placement, cpu_share=_pace(machine, job, placement, relaxation))
-        starts = [score(machine, job, choice) for choice in {placement, paced}]
-        found.append(_improve(machine, job, min(starts, key=lambda scored: scored.seconds), bound.seconds))
+        if fits(machine, job, placement):
+            # With all its threads the CPU takes DRAM from the copies; as many as its work needs do not.
+            paced = replace(placement, cpu_share=_pace(machine, job, placement, relaxation))
+            found += [score(machine, job, choice) for choice in {placement, paced}]
     if not found:
         raise no_room(machine, job)
-    return min(found, key=lambda scored: scored.seconds), bound
+    best = min(found, key=lambda scored: scored.seconds)
+    return _improve(machine, job, best, relaxations[0].seconds), relaxations[0]
 
 
 def _pace(machine: Machine, job: Job, placement: Placement, relaxation: Relaxation) -> float:
@@ -358,12 +360,12 @@ def _neighbours(placement: Placement, stride: int) -> Iterator[Placement]:
     for donor, taker in itertools.permutations(used, 2):
         step = min(stride, counts[donor])
         moved = {**counts, donor: counts[donor] - step, taker: counts[taker] + step}
-        yield replace(placement, routes=interleave(moved))
+        yield replace(placement, routes=interleave(moved), name="auto")
     if any(not route.on_device for route in used) and len(used) > 1:
         factor = 0.7 if stride > 1 else 0.92
         for share in (placement.cpu_share * factor, placement.cpu_share / factor):
             if share > 0.05:
-                yield replace(placement, cpu_share=min(1.0, share))
+                yield replace(placement, cpu_share=min(1.0, share), name="auto")
 
 
 def place(
