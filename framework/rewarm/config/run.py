@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rewarm.config.data import DomainConfig, MixtureConfig, ReplayConfig
+from rewarm.config.data import DomainConfig
+from rewarm.config.mixture import MixtureConfig, ReplayConfig
 from rewarm.config.model import ModelConfig
 from rewarm.config.section import Duration, Section, parse_duration, resolve_duration
 from rewarm.config.training import (
@@ -45,14 +46,17 @@ class RunConfig(Section):
     """Optimizer moments at the start of the stage; keep needs a parent that is a run."""
     model: ModelConfig | None = None
     """Shape of a model without parent; refused with a parent, which brings its own."""
-    data: dict[str, DomainConfig] = Field(min_length=1)
-    """The domains of this stage, by name."""
+    data: dict[str, DomainConfig]
+    """The domains of this stage, by name; at least one to train."""
     mixture: MixtureConfig = MixtureConfig()
     """How the domains share the batch."""
     replay: ReplayConfig = ReplayConfig()
     """How much of the lineage is fed back."""
     duration: Duration = "1000 steps"
-    """Length of the stage, in steps or tokens."""
+    """Length of the stage, in steps or tokens; percentages in the schedule are taken of this."""
+    stop_at: Duration | None = None
+    """Stop, save and exit at this point of the stage, leaving the schedule as it is; the same command without it
+    goes on. Null means the end."""
     batch: BatchConfig = BatchConfig()
     """Size of a step."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -93,12 +97,7 @@ class RunConfig(Section):
     def _check_across(self) -> RunConfig:
         _check_lineage(self)
         _check_sizes(self)
-        unknown = sorted(set(self.mixture.weights or {}) - set(self.data))
-        if unknown:
-            raise ValueError(f"mixture.weights names {unknown[0]!r}, which is not in data: {sorted(self.data)}")
-        missing = sorted(set(self.data) - set(self.mixture.weights or self.data))
-        if missing:
-            raise ValueError(f"mixture.weights has no weight for the domain {missing[0]!r} of data; 0 switches it off")
+        _check_mixture(self)
         return self
 
     @property
@@ -121,6 +120,11 @@ class RunConfig(Section):
         """Steps of the stage."""
         return self.total_tokens // self.tokens_per_step
 
+    @property
+    def last_step(self) -> int:
+        """The step after which this invocation stops."""
+        return min(self.total_steps, self.steps(self.stop_at) or self.total_steps)
+
     def steps(self, duration: str | None) -> int | None:
         """A duration of this run in whole steps (at least 1), or None for None."""
         if duration is None:
@@ -141,6 +145,22 @@ def _check_lineage(config: RunConfig) -> None:
         raise ValueError(f"model is ignored with parent={config.parent}, which brings its own shape: remove one")
     if config.replay.fraction == 0 and (config.replay.domains or config.replay.paths):
         raise ValueError("replay.domains and replay.paths are ignored with replay.fraction=0: set a fraction")
+
+
+def _check_mixture(config: RunConfig) -> None:
+    settings = {"mixture.weights": config.mixture.weights or config.data}
+    settings |= {f"mixture.phased.phases[{i}].weights": p.weights for i, p in enumerate(config.mixture.phases)}
+    for where, weights in settings.items():
+        unknown = sorted(set(weights) - set(config.data))
+        if unknown:
+            raise ValueError(f"{where} names {unknown[0]!r}, which is not in data: {sorted(config.data)}")
+        missing = sorted(set(config.data) - set(weights))
+        if missing:
+            raise ValueError(f"{where} has no weight for the domain {missing[0]!r} of data; 0 switches it off")
+    if config.mixture.is_updated and config.evaluation.interval is None:
+        raise ValueError(
+            f"mixture.mixer={config.mixture.mixer} changes weights at evaluations, but evaluation.interval is null"
+        )
 
 
 def _check_sizes(config: RunConfig) -> None:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from rewarm.config.section import Duration, Section
+from rewarm.config.section import Duration, Section, parse_duration
 
 
 class BatchConfig(Section):
@@ -46,15 +46,16 @@ class ScheduleConfig(Section):
     peak: float = Field(3e-4, gt=0)
     """Highest learning rate."""
     minimum: float = Field(0.0, ge=0)
-    """Learning rate at the end of the run."""
+    """Learning rate at the end of the run: what the step after the last one would have."""
     start: float = Field(0.0, ge=0)
-    """Learning rate at the first step of the warm-up; a re-warm usually starts at the parent's final rate."""
+    """Learning rate that the warm-up rises from; its first step is already one step above it. A re-warm usually
+    starts at the parent's final rate."""
     warmup: Duration = "1%"
-    """Length of the linear warm-up from start to peak."""
+    """Length of the linear warm-up from start to peak; its last step is at the peak."""
     decay: Duration = "20%"
-    """Length of the final decay of wsd and infinite."""
+    """Length of the final decay of wsd and infinite; "0 steps" leaves it out, for a stage that others continue."""
     decay_shape: Literal["linear", "one_minus_sqrt", "cosine", "exponential"] = "one_minus_sqrt"
-    """Shape of the final decay of wsd and infinite."""
+    """Shape of the final decay of wsd and infinite; exponential needs a minimum above 0."""
     plateau: float | None = Field(None, gt=0)
     """Constant rate of infinite."""
     cooldown: Duration = "40%"
@@ -75,7 +76,26 @@ class ScheduleConfig(Section):
             value = getattr(self, name)
             if value is not None and value > self.peak:
                 raise ValueError(f"schedule.{name}={value} is above schedule.peak={self.peak}")
+        if self.plateau is not None and self.minimum > self.plateau:
+            raise ValueError(f"schedule.minimum={self.minimum} is above schedule.plateau={self.plateau}")
+        if self.plateau is not None and self.plateau < self.peak and parse_duration(self.cooldown)[0] == 0:
+            raise ValueError(
+                f"schedule.cooldown={self.cooldown} leaves a jump from schedule.peak={self.peak} to "
+                f"schedule.plateau={self.plateau}: lengthen the cooldown or set peak to the plateau"
+            )
+        if self.start and parse_duration(self.warmup)[0] == 0:
+            raise ValueError(f"schedule.start={self.start} is ignored by schedule.warmup={self.warmup}: remove one")
+        self._check_decay()
         return self
+
+    def _check_decay(self) -> None:
+        if self.kind not in ("wsd", "infinite"):
+            return
+        has_decay = parse_duration(self.decay)[0] > 0
+        if self.minimum and not has_decay:
+            raise ValueError(f"schedule.minimum={self.minimum} is ignored by schedule.decay={self.decay}: remove one")
+        if has_decay and self.decay_shape == "exponential" and self.minimum == 0:
+            raise ValueError("schedule.decay_shape=exponential never reaches schedule.minimum=0: set a minimum above 0")
 
 
 class ParallelConfig(Section):
@@ -139,7 +159,7 @@ class WandbConfig(Section):
     """Weights & Biases."""
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto: online when a key is configured, otherwise offline."""
+    """auto: what ``WANDB_MODE`` says, else online when a key is configured, otherwise offline."""
     project: str = "rewarm"
     """Project the run is listed under."""
     entity: str | None = None
@@ -156,7 +176,7 @@ class TrackingConfig(Section):
     wandb: WandbConfig = WandbConfig()
     """Weights & Biases settings."""
     tensorboard: bool = False
-    """Also write TensorBoard event files to <run>/tensorboard."""
+    """Also write TensorBoard event files to the run's folder ``tensorboard``; needs the tensorboard package."""
 
 
 class DistributedConfig(Section):

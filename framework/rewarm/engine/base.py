@@ -66,6 +66,11 @@ class Engine(ABC):
         """Forward, backward, clip and update on this rank's slice. Collective."""
 
     @abstractmethod
+    def dry_run(self, batch: Batch) -> None:
+        """Forward and backward without an update, so that a layout that does not fit in memory fails before step 1
+        and not after the first long wait. Leaves no trace: gradients and random state are put back. Collective."""
+
+    @abstractmethod
     def evaluate(self, tokens: np.ndarray, micro_batch_size: int) -> np.ndarray:
         """Token losses of the same windows on every layout. Collective.
 
@@ -106,8 +111,28 @@ class Engine(ABC):
         """Fill the model from a Hugging Face folder; each rank reads only its own shard. Collective."""
 
     @abstractmethod
-    def export_huggingface(self, folder: Path, *, tokenizer: Path | None) -> None:
-        """Write config, safetensors, tokenizer and generation files that ``AutoModelForCausalLM`` loads. Collective."""
+    def export_huggingface(
+        self,
+        folder: Path,
+        *,
+        tokenizer: Path | None,
+        lineage: Path | None = None,
+        dtype: str = "float32",
+        replace: bool = False,
+    ) -> None:
+        """Write config, safetensors, tokenizer and generation files that ``AutoModelForCausalLM`` loads. Collective.
+
+        Args:
+            folder: takes its name only when it is whole.
+            tokenizer: folder whose tokenizer, generation and licence files go along; None means none.
+            lineage: lineage.json that goes along, so that a stage which continues the export knows its ancestors.
+            dtype: ``"float32"`` or ``"bfloat16"``, of the tensors written. A bfloat16 run exports the rounded
+                parameters that its forward pass uses.
+            replace: take the place of what is there.
+
+        Raises:
+            rewarm.errors.UserError: on every rank, if the name is taken or cannot be written.
+        """
 
     @abstractmethod
     def rng_state(self) -> Any:
@@ -132,6 +157,10 @@ class Engine(ABC):
     @abstractmethod
     def broadcast(self, value: Any) -> Any:
         """Rank 0's picklable value, on every rank. Collective."""
+
+    @abstractmethod
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's picklable value, in rank order, on every rank. Collective."""
 
     @abstractmethod
     def close(self) -> None:

@@ -1,0 +1,125 @@
+"""Saving and loading on all ranks at once: every rank hashes its share of the files, errors reach every rank."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from rewarm.checkpoint import store
+from rewarm.errors import UserError
+
+STATE = "state.json"
+
+
+class Group(Protocol):
+    """What saving needs of an engine."""
+
+    rank: int
+    world_size: int
+
+    def barrier(self) -> None: ...
+    def broadcast(self, value: Any) -> Any: ...
+    def gather(self, value: Any) -> list[Any]: ...
+
+
+def save_checkpoint(
+    group: Group, folder: Path, step: int, write: Callable[[Path], None], state: dict[str, Any], keep: int
+) -> Path:
+    """Write a checkpoint and make it visible. Collective.
+
+    Args:
+        group: the ranks.
+        folder: the run's ``checkpoints`` folder.
+        step: the step it is the state after.
+        write: writes the sharded files into a folder; collective.
+        state: everything else, plain JSON values; rank 0's is written.
+        keep: checkpoints to keep.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        UserError: on every rank, if writing failed anywhere; what was there before is untouched.
+    """
+    partial = folder / f".partial-step-{step}"
+    _together(group, "begin", lambda: store.begin(folder, step) if group.rank == 0 else None, partial)
+    _together(group, "write", lambda: write(partial), partial)
+
+    def finish_share() -> dict[str, dict[str, int | str]]:
+        if group.rank == 0:
+            (partial / STATE).write_text(json.dumps(state, indent=1))
+        group.barrier()
+        names = store.content_files(partial)
+        return store.digest_files(partial, names[group.rank :: group.world_size], sync=True)
+
+    shares = _together(group, "hash", finish_share, partial)
+
+    def publish() -> None:
+        if group.rank == 0:
+            final = store.commit(partial, step, {name: entry for share in shares for name, entry in share.items()})
+            store.prune(folder, keep, current=final)
+
+    _together(group, "publish", publish, partial)
+    return folder / f"step-{step}"
+
+
+def _together(group: Group, what: str, action: Callable[[], Any], partial: Path) -> list[Any]:
+    """Run an action on every rank and raise on every rank if it failed on one."""
+    error: str | None = None
+    result: Any = None
+    try:
+        result = action()
+    except OSError as problem:
+        error = f"rank {group.rank}: {problem.strerror or problem}"
+    outcomes = group.gather((error, result))
+    errors = [problem for problem, _ in outcomes if problem is not None]
+    if errors:
+        if group.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"cannot save a checkpoint to {partial.parent} ({what}): {errors[0]}",
+            fix="free space or make the folder writable, then run the same command: it goes on from the last whole "
+            "checkpoint",
+        )
+    return [result for _, result in outcomes]
+
+
+def find_checkpoint(group: Group, folder: Path, report: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that is whole. Collective.
+
+    Args:
+        group: the ranks; each reads its share of the files.
+        folder: the run's ``checkpoints`` folder.
+        report: told of every damaged checkpoint that is skipped.
+
+    Returns:
+        The checkpoint, or None if there is none at all.
+
+    Raises:
+        UserError: if there are checkpoints but every one is damaged.
+    """
+    candidates = group.broadcast([str(path) for path in store.list_checkpoints(folder)])
+    for candidate in map(Path, candidates):
+        problem: str | None = None
+        try:
+            names = sorted(store.read_manifest(candidate))
+            store.verify(candidate, names[group.rank :: group.world_size])
+        except store.DamagedCheckpoint as damage:
+            problem = str(damage)
+        problems = [text for text in group.gather(problem) if text is not None]
+        if not problems:
+            return candidate
+        report(f"checkpoint skipped, it is damaged: {problems[0]}")
+    if candidates:
+        raise UserError(
+            f"every checkpoint in {folder} is damaged", fix="restore one, or remove the folder to start the run again"
+        )
+    return None
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The plain state that was saved with a checkpoint."""
+    return json.loads((checkpoint / STATE).read_text())

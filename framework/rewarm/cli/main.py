@@ -1,0 +1,80 @@
+"""The ``rewarm`` command: registers the verbs and turns errors into one message."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import typer
+
+from rewarm.cli import config, data, mixture
+from rewarm.cli.doctor import doctor
+from rewarm.cli.evaluate import evaluate
+from rewarm.cli.export import export
+from rewarm.cli.import_ import import_
+from rewarm.cli.train import train
+from rewarm.errors import UserError
+from rewarm.launch.local import ERROR_FOLDER
+
+app = typer.Typer(
+    help="Continue the pre-training of large language models: new domains in, old knowledge kept.",
+    epilog="First: [bold]rewarm data demo[/bold], then [bold]rewarm train configs/quickstart/base.yaml[/bold]",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("train")(train)
+app.command("evaluate")(evaluate)
+app.command("import")(import_)
+app.command("export")(export)
+app.add_typer(data.app, name="data")
+app.add_typer(config.app, name="config")
+app.add_typer(mixture.app, name="mixture")
+app.command("doctor")(doctor)
+
+
+def main() -> None:
+    """Entry point. Exit status: 0 done, 1 an error of ours, 2 something the user can mend, 130 interrupted."""
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    if debug:
+        # Accepted anywhere on the line, so that a failed command is repeated with one word added.
+        arguments = [argument for argument in arguments if argument != "--debug"]
+        os.environ["REWARM_DEBUG"] = "1"
+    try:
+        app(args=arguments, prog_name="rewarm")
+    except UserError as error:
+        _fail(f"rewarm: {error}", status=2, clear=True, debug=debug)
+    except KeyboardInterrupt:
+        _fail("rewarm: interrupted", status=130, clear=True, debug=False)
+    except Exception as error:
+        text = "".join(traceback.format_exception(error)) if debug else f"rewarm: {type(error).__name__}: {error}"
+        _fail(f"{text.rstrip()}\n  this is not a usage error; run again with --debug for the stack trace",
+              status=1, clear=False, debug=debug)  # fmt: skip
+
+
+def _fail(text: str, *, status: int, clear: bool, debug: bool) -> None:
+    """Print a message, or leave it for the launcher of these ranks, and end the process.
+
+    ``os._exit`` because other ranks may be inside a collective with this one: an orderly shutdown of the process group
+    would wait for them.
+    """
+    if debug:
+        traceback.print_exc()
+    folder = os.environ.get(ERROR_FOLDER)
+    rank = int(os.environ.get("RANK", "0"))
+    if folder:
+        report = {"rank": rank, "time": time.time(), "text": text, "clear": clear}
+        partial = Path(folder) / f".rank-{rank}"
+        partial.write_text(json.dumps(report))
+        partial.rename(Path(folder) / f"rank-{rank}.json")
+    else:
+        print(text, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -1,0 +1,1 @@
+"""What a model knows of each domain, and how that changed."""

@@ -1,0 +1,67 @@
+"""Held-out loss of one domain, the same number on every layout wherever kernels allow."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rewarm.data.domain import Domain
+
+if TYPE_CHECKING:
+    from rewarm.data.windows import WindowReader
+    from rewarm.engine.base import Engine
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOutLoss:
+    """Loss of a model on a domain's held-out windows."""
+
+    total: float
+    """Token losses in nats, summed."""
+    num_tokens: int
+    bytes_per_token: float | None
+    """Bytes of text behind a token; None where no tokenizer is known."""
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.total / self.num_tokens
+
+
+def held_out_windows(reader: WindowReader, limit: int) -> np.ndarray:
+    """The windows that are always evaluated: at most ``limit``, evenly spread over the split.
+
+    Returns:
+        int64 [B, sequence_length + 1]
+    """
+    total = len(reader)
+    count = min(limit, total)
+    return reader.read(np.arange(count, dtype=np.int64) * total // count)
+
+
+def summarise(domain: Domain, window_sums: np.ndarray, tokens_per_window: int) -> HeldOutLoss:
+    """Add up window losses exactly, so that the order of the additions does not matter.
+
+    Args:
+        domain: gives the bytes that a token stands for.
+        window_sums: float64 [B]; nats per window.
+        tokens_per_window: targets in a window.
+    """
+    total = math.fsum(window_sums.tolist())
+    return HeldOutLoss(total, len(window_sums) * tokens_per_window, domain.held_out_bytes_per_token)
+
+
+def evaluate_domain(engine: Engine, domain: Domain, limit: int, micro_batch_size: int) -> HeldOutLoss:
+    """Evaluate the model on a domain. Collective.
+
+    Args:
+        engine: holds the model.
+        domain: its held-out split is read.
+        limit: most windows.
+        micro_batch_size: windows per forward pass.
+    """
+    tokens = held_out_windows(domain.held_out, limit)
+    return summarise(domain, engine.evaluate(tokens, micro_batch_size), tokens.shape[1] - 1)

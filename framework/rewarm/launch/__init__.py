@@ -1,0 +1,1 @@
+"""Starting ranks: by itself on one machine, or joining those that torchrun or srun started."""

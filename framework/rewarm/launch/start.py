@@ -1,0 +1,56 @@
+"""From a checked configuration to running ranks."""
+
+from __future__ import annotations
+
+import sys
+
+from rewarm.config.run import RunConfig
+from rewarm.launch.environment import export_slurm_rendezvous, find_ranks
+from rewarm.launch.local import launch_local
+
+
+def start(config: RunConfig, arguments: list[str]) -> None:
+    """Train in this process if it is one of the ranks or the only one; otherwise start the ranks and wait.
+
+    What can be checked without ranks is checked first, so that a mistake costs no start-up of many processes.
+
+    Args:
+        config: the stage.
+        arguments: the command line that starts a rank of it, after ``rewarm``.
+    """
+    ranks = find_ranks()
+    if ranks.launcher == "slurm":
+        export_slurm_rendezvous()
+    if ranks.launcher != "single":
+        _train(config)
+        return
+    num_ranks = local_rank_count(config)
+    if num_ranks == 1:
+        _train(config)
+        return
+    from rewarm.train.folder import prepare_folder
+    from rewarm.train.stage import resolve_stage
+
+    resolve_stage(config, num_ranks)
+    prepare_folder(config)
+    sys.exit(launch_local(arguments, num_ranks, config.folder / "logs"))
+
+
+def local_rank_count(config: RunConfig) -> int:
+    """Ranks to start on this machine when no launcher did."""
+    if config.parallel.data != "auto":
+        return config.parallel.model_ranks * config.parallel.data
+    import shutil
+
+    if shutil.which("nvidia-smi") is None:
+        return config.parallel.model_ranks
+    import torch
+
+    devices = torch.cuda.device_count()
+    return max(1, devices // config.parallel.model_ranks) * config.parallel.model_ranks
+
+
+def _train(config: RunConfig) -> None:
+    from rewarm.train.session import run_session
+
+    run_session(config)

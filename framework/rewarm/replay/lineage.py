@@ -1,0 +1,134 @@
+"""The lineage of a run: its chain of parents and the domains that each of them consumed, in ``lineage.json``."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from rewarm.errors import UserError
+
+FILE_NAME = "lineage.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ConsumedDomain:
+    """A domain and how much of it a stage trained on."""
+
+    name: str
+    path: str
+    """Absolute path, as in the data section of the stage."""
+    held_out: str | None
+    """Absolute prefix of a separate held-out pair, or None for the folder's own split."""
+    fingerprint: str
+    """Hash of its content."""
+    tokens: int
+    """Target tokens trained on."""
+    windows: int
+    """Windows trained on, repetitions included."""
+    tokenizer_fingerprint: str
+    """Hash of the tokenizer it was built with; empty where a bare token file says nothing of it."""
+    held_out_fraction: float = 0.01
+    """Share of a bare token file that was held out, which decides what its training split is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One ancestor: a run of rewarm, or a Hugging Face model that came from elsewhere."""
+
+    name: str
+    kind: Literal["run", "huggingface"]
+    path: str
+    """Absolute path of the folder."""
+    final_learning_rate: float | None = None
+    """Learning rate of its last step; None where nobody wrote it down."""
+    tokens: int = 0
+    """Target tokens it trained on."""
+    domains: tuple[ConsumedDomain, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Lineage:
+    """Stages from the oldest ancestor to the newest."""
+
+    stages: tuple[Stage, ...] = ()
+
+    @property
+    def parent(self) -> Stage | None:
+        """The newest stage."""
+        return self.stages[-1] if self.stages else None
+
+    def extended(self, stage: Stage) -> Lineage:
+        """This lineage with a stage at its end; a stage that is there already (same path) is brought up to date.
+
+        A run calls it at every checkpoint with what it consumed so far, so that a child of an unfinished run knows
+        its parent rightly.
+        """
+        if self.stages and self.stages[-1].path == stage.path:
+            return Lineage((*self.stages[:-1], stage))
+        return Lineage((*self.stages, stage))
+
+    def domains(self) -> list[ConsumedDomain]:
+        """Every domain of every stage, each content once: newest name and path, tokens and windows summed."""
+        merged: dict[str, ConsumedDomain] = {}
+        for stage in self.stages:
+            for domain in stage.domains:
+                before = merged.pop(domain.fingerprint, None)
+                if before is not None:
+                    tokens, windows = before.tokens + domain.tokens, before.windows + domain.windows
+                    domain = replace(domain, tokens=tokens, windows=windows)
+                merged[domain.fingerprint] = domain
+        return [domain for domain in merged.values() if domain.windows > 0]
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``lineage.json`` into a run folder; a reader sees the old file or the new one, never a torn one."""
+        place = Path(folder) / FILE_NAME
+        aside = place.with_suffix(".json.tmp")
+        text = json.dumps({"format": _FORMAT, "stages": [asdict(stage) for stage in self.stages]}, indent=2)
+        try:
+            with aside.open("w", encoding="utf-8") as file:
+                file.write(text + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(place)
+        except OSError as error:
+            raise UserError(f"cannot write {place}: {error.strerror}") from error
+
+    @staticmethod
+    def load(folder: str | Path) -> Lineage:
+        """The lineage that continuing from a folder has: the folder's own ``lineage.json``, which ends with the run
+        itself, or, for a Hugging Face folder without one, that model as the only ancestor, with no known domain.
+
+        Raises:
+            UserError: if the folder is neither, or its ``lineage.json`` is damaged.
+        """
+        folder = Path(folder)
+        place = folder / FILE_NAME
+        if place.exists():
+            return _parse(place)
+        if (folder / "config.json").exists():
+            return Lineage((Stage(folder.resolve().name, "huggingface", str(folder.resolve())),))
+        raise UserError(
+            f"{folder} is neither a run (no {FILE_NAME}) nor a Hugging Face folder (no config.json)",
+            fix="set parent to a run folder or to a folder that from_pretrained can load",
+        )
+
+
+def _parse(place: Path) -> Lineage:
+    try:
+        value = json.loads(place.read_text(encoding="utf-8"))
+        stages = tuple(_stage(entry) for entry in value["stages"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{place} cannot be read: {error}", fix="restore it from a copy of the run") from error
+    if value.get("format") != _FORMAT:
+        raise UserError(f"{place} has format {value.get('format')}; this version reads format {_FORMAT}")
+    return Lineage(stages)
+
+
+def _stage(entry: Mapping[str, Any]) -> Stage:
+    domains = tuple(ConsumedDomain(**domain) for domain in entry["domains"])
+    return Stage(**{**entry, "domains": domains})

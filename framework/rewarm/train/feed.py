@@ -1,0 +1,147 @@
+"""From the sampler's picks to the arrays of this data-parallel rank, read ahead of the step that needs them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rewarm.data.domain import Domain
+from rewarm.engine.base import Batch
+from rewarm.errors import UserError
+from rewarm.mixing.draws import rank_slice, sample_hash
+from rewarm.mixing.sampler import Draw, Sampler
+
+PREFETCH_STEPS = 2
+"""Steps drawn ahead of the one that trains; new weights take effect after them, whatever the disk's speed."""
+
+
+@dataclass(frozen=True, slots=True)
+class FedStep:
+    """What one step trains on."""
+
+    draw: Draw
+    """The whole global batch."""
+    batch: Batch
+    """This rank's slice of it."""
+    weights: np.ndarray
+    """int64 [K]; the integer weights in effect at its first sample."""
+    sample_hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    draw: Draw
+    weights: np.ndarray
+    state: dict[str, Any]
+    batch: Future[Batch]
+
+
+class Feed:
+    """Draws on the calling thread, in step order; only the reading happens beside it.
+
+    Args:
+        sampler: positioned at the first sample of the next step.
+        domains: in the sampler's order.
+        global_batch_size: windows per step.
+        rank: which slice is read.
+        num_ranks: data-parallel ranks.
+        vocab_size: token ids at or above it are refused.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        domains: Sequence[Domain],
+        *,
+        global_batch_size: int,
+        rank: int,
+        num_ranks: int,
+        vocab_size: int,
+    ) -> None:
+        self._sampler = sampler
+        self._domains = list(domains)
+        self._names = [domain.name for domain in domains]
+        self._size, self._rank, self._num_ranks = global_batch_size, rank, num_ranks
+        self._vocab_size = vocab_size
+        self._ahead: deque[_Pending] = deque()
+        self._scheduled: dict[int, np.ndarray] = {}
+        self._state = sampler.state_dict()
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed")
+
+    def next(self) -> FedStep:
+        """The next step's batch."""
+        while len(self._ahead) <= PREFETCH_STEPS:
+            self._draw_ahead()
+        pending = self._ahead.popleft()
+        batch = pending.batch.result()
+        self._state = pending.state
+        return FedStep(pending.draw, batch, pending.weights, sample_hash(self._names, pending.draw))
+
+    def peek(self) -> Batch:
+        """The batch that :meth:`next` will return, left in place."""
+        if not self._ahead:
+            self._draw_ahead()
+        return self._ahead[0].batch.result()
+
+    @property
+    def first_free_sample(self) -> int:
+        """Global index of the first sample that no prefetch can have drawn when the current step is done: where new
+        weights may take effect. It depends on the step alone, not on how far reading got."""
+        return self._state["sample_index"] + (PREFETCH_STEPS + 1) * self._size
+
+    @property
+    def sampler(self) -> Sampler:
+        """What draws the samples; it is ahead of the step that trains."""
+        return self._sampler
+
+    def schedule_weights(self, weights: np.ndarray, at_sample: int) -> None:
+        """Let integer weights take effect at a global sample index from :attr:`first_free_sample` on."""
+        self._sampler.schedule_weights(weights, at_sample)
+        self._scheduled[at_sample] = weights
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sampler's state after the last step that :meth:`next` returned, with every change scheduled since."""
+        index = self._state["sample_index"]
+        self._scheduled = {sample: weights for sample, weights in self._scheduled.items() if sample > index}
+        pending = {change["sample"]: change["weights"] for change in self._state["pending"]}
+        for sample, weights in self._scheduled.items():
+            pending[sample] = dict(zip(self._names, weights.tolist(), strict=True))
+        changes = [{"sample": sample, "weights": pending[sample]} for sample in sorted(pending)]
+        return {**self._state, "pending": changes}
+
+    def cursors(self) -> dict[str, int]:
+        """Windows drawn of each domain up to the last step that :meth:`next` returned."""
+        return {domain["name"]: domain["cursor"] for domain in self._state["domains"]}
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self._reader.shutdown(wait=False, cancel_futures=True)
+
+    def _draw_ahead(self) -> None:
+        weights = self._sampler.weights
+        draw = self._sampler.draw(self._size)
+        mine = rank_slice(draw, self._rank, self._num_ranks)
+        self._ahead.append(_Pending(draw, weights, self._sampler.state_dict(), self._reader.submit(self._read, mine)))
+
+    def _read(self, draw: Draw) -> Batch:
+        tokens: np.ndarray | None = None
+        for index in np.unique(draw.domains):
+            domain = self._domains[index]
+            rows = np.flatnonzero(draw.domains == index)
+            windows = domain.train.read(draw.windows[rows])
+            if windows.max() >= self._vocab_size:
+                raise UserError(
+                    f"domain {domain.name!r} ({domain.path}) holds token id {windows.max()}, but the model has "
+                    f"{self._vocab_size} rows",
+                    fix="build the domain with the model's tokenizer: rewarm data build ... --tokenizer FOLDER",
+                )
+            if tokens is None:
+                tokens = np.empty((len(draw.domains), windows.shape[1]), dtype=np.int64)
+            tokens[rows] = windows
+        assert tokens is not None, "a slice is never empty"
+        return Batch(tokens=tokens, domains=draw.domains)

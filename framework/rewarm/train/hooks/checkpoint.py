@@ -1,0 +1,45 @@
+"""Saving the state of the run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rewarm.checkpoint.distributed import save_checkpoint
+from rewarm.train.hooks.base import Hook
+from rewarm.train.state import checkpoint_state, write_sharded
+
+if TYPE_CHECKING:
+    from rewarm.train.run import Run, StepRecord
+
+
+class CheckpointHook(Hook):
+    """A checkpoint every ``checkpoint.interval``, and after the last step of an invocation, whatever ended it."""
+
+    def start(self, run: Run) -> None:
+        """Note where the run stands, which is either saved already or step 0."""
+        self._interval = run.config.steps(run.config.checkpoint.interval)
+        self._saved = run.step
+
+    def after_step(self, run: Run, record: StepRecord) -> None:
+        """Save when it is due."""
+        at_interval = self._interval is not None and run.step % self._interval == 0
+        if at_interval or run.finished:
+            self._save(run)
+
+    def finish(self, run: Run) -> None:
+        """Save where a stop was asked for outside a step."""
+        if self._saved != run.step:
+            self._save(run)
+
+    def _save(self, run: Run) -> None:
+        run.tracker.sync()
+        checkpoint = save_checkpoint(
+            run.engine,
+            run.folder / "checkpoints",
+            run.step,
+            lambda folder: write_sharded(run, folder),
+            checkpoint_state(run),
+            run.config.checkpoint.keep,
+        )
+        self._saved = run.step
+        run.tracker.message(f"saved {checkpoint}")

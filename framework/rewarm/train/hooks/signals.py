@@ -1,0 +1,50 @@
+"""Stopping on a signal: finish the step, save, exit cleanly."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from rewarm.train.hooks.base import Hook
+
+if TYPE_CHECKING:
+    from rewarm.train.run import Run, StepRecord
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+"""SIGTERM: a scheduler's or an operator's stop. SIGINT: the keyboard. SIGUSR2: the usual warning ahead of a limit."""
+
+
+class SignalHook(Hook):
+    """Asks for a stop when any rank received a signal; the hooks after it act on that.
+
+    A second SIGINT ends the process at once, for those who do not want to wait for the step.
+    """
+
+    def __init__(self) -> None:
+        self._received: str | None = None
+
+    def start(self, run: Run) -> None:
+        """Listen."""
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        run.poll_stop = lambda: self._poll(run)
+
+    def after_step(self, run: Run, record: StepRecord) -> None:
+        """Let all ranks agree."""
+        self._poll(run)
+
+    def finish(self, run: Run) -> None:
+        """Stop listening."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _poll(self, run: Run) -> bool:
+        if run.stop_reason is None and run.engine.any_rank(self._received is not None):
+            run.stop_reason = next(name for name in run.engine.gather(self._received) if name is not None)
+            run.tracker.message(f"{run.stop_reason} received: saving and stopping after step {run.step}")
+        return run.stop_reason is not None
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._received = signal.Signals(number).name

@@ -1,0 +1,45 @@
+"""Where a run's weights come from: its own checkpoints first, its parent only when it has none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rewarm.checkpoint import store
+from rewarm.config.run import RunConfig
+from rewarm.model.architecture import Architecture
+from rewarm.replay.lineage import Lineage
+from rewarm.train.parent import Parent, find_parent, from_checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a run starts or goes on from."""
+
+    parent: Parent | None
+    """None when the run has no parent, or goes on from its own checkpoints and the parent may be gone."""
+    architecture: Architecture | None
+    """None when the model starts from random weights of the configuration's shape."""
+    lineage: Lineage
+    """The ancestors, without the run itself."""
+    tokenizer: Path | None
+    """Tokenizer of the run itself or of its parent."""
+
+
+def find_origin(config: RunConfig) -> Origin:
+    """Look at the run folder, then at the parent.
+
+    Raises:
+        UserError: if the run has no checkpoint of its own and its parent cannot be used.
+    """
+    for checkpoint in store.list_checkpoints(config.folder / "checkpoints"):
+        try:
+            store.verify(checkpoint, names=())
+        except store.DamagedCheckpoint:
+            continue
+        own = from_checkpoint(checkpoint)
+        return Origin(None, own.architecture, Lineage(own.lineage.stages[:-1]), own.tokenizer)
+    if config.parent is None:
+        return Origin(None, None, Lineage(), None)
+    parent = find_parent(config.parent)
+    return Origin(parent, parent.architecture, parent.lineage, parent.tokenizer)

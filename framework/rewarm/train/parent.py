@@ -1,0 +1,99 @@
+"""What a stage continues: a run, one of its checkpoints, or a Hugging Face folder. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rewarm.checkpoint import store
+from rewarm.checkpoint.distributed import read_state
+from rewarm.errors import UserError
+from rewarm.model.architecture import Architecture
+from rewarm.model.huggingface import architecture_from_huggingface
+from rewarm.replay.lineage import Lineage
+
+TOKENIZER = "tokenizer"
+"""Folder inside a run that keeps a copy of its tokenizer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """A model to start from."""
+
+    folder: Path
+    """The run folder, or the Hugging Face folder."""
+    architecture: Architecture
+    lineage: Lineage
+    """Its ancestors and itself."""
+    checkpoint: Path | None = None
+    """The checkpoint of a run; None for a Hugging Face folder."""
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The tokenizer it was trained with, or None if it carries none."""
+        if self.checkpoint is not None:
+            folder = self.folder / TOKENIZER
+            return folder if folder.is_dir() else None
+        return self.folder if (self.folder / "tokenizer.json").exists() or _slow_tokenizer(self.folder) else None
+
+
+def _slow_tokenizer(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("tokenizer.model", "vocab.json", "tokenizer_config.json"))
+
+
+def find_parent(path: str) -> Parent:
+    """Tell what a path names.
+
+    Args:
+        path: a run folder, a ``checkpoints/step-<n>`` folder inside one, or a Hugging Face folder.
+
+    Raises:
+        UserError: if it is none of them, or a run without a whole checkpoint.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(
+            f"parent={path}: there is no such folder",
+            fix="name a run folder, a checkpoint inside one (runs/NAME/checkpoints/step-N), or a Hugging Face folder",
+        )
+    if store.step_of(folder) is not None and folder.parent.name == "checkpoints":
+        return from_checkpoint(folder)
+    if (folder / "checkpoints").is_dir():
+        return _from_run(folder)
+    if (folder / "config.json").is_file():
+        return Parent(folder, architecture_from_huggingface(folder), Lineage.load(folder))
+    raise UserError(
+        f"parent={path} is neither a run (no checkpoints/) nor a Hugging Face folder (no config.json)",
+        fix="name a folder that is one of them"
+        + ("; this run has no checkpoint yet" if (folder / "config.yaml").exists() else ""),
+    )
+
+
+def _from_run(folder: Path) -> Parent:
+    """The newest checkpoint of a run whose files are all there."""
+    damages = []
+    for checkpoint in store.list_checkpoints(folder / "checkpoints"):
+        try:
+            store.verify(checkpoint, names=())
+            return from_checkpoint(checkpoint)
+        except store.DamagedCheckpoint as damage:
+            damages.append(str(damage))
+    raise UserError(
+        f"parent={folder} is a run without a whole checkpoint" + (f" ({damages[0]})" if damages else ""),
+        fix="let it save one first, or name another parent",
+    )
+
+
+def from_checkpoint(checkpoint: Path) -> Parent:
+    """A run as it was at one of its checkpoints.
+
+    Raises:
+        UserError: if the checkpoint is damaged.
+    """
+    try:
+        store.verify(checkpoint, names=())
+        state = read_state(checkpoint)
+        architecture = Architecture.from_dict(state["architecture"])
+    except (store.DamagedCheckpoint, OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"parent={checkpoint} is damaged: {error}", fix="name another checkpoint of the run") from error
+    return Parent(checkpoint.parent.parent, architecture, Lineage.load(checkpoint), checkpoint)

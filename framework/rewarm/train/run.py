@@ -1,0 +1,70 @@
+"""A run while it trains: what the loop and its hooks share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rewarm.config.run import RunConfig
+from rewarm.engine.base import Engine, StepResult
+from rewarm.schedule.learning_rate import LearningRate
+from rewarm.tracking.tracker import Tracker
+from rewarm.train.feed import FedStep, Feed
+from rewarm.train.stage import Stage
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One finished step."""
+
+    fed: FedStep
+    result: StepResult
+    learning_rate: float
+    seconds: float
+
+
+@dataclass(slots=True)
+class Run:
+    """One stage on its ranks. ``step`` and ``tokens`` count what is trained and are the same on every rank."""
+
+    config: RunConfig
+    stage: Stage
+    engine: Engine
+    feed: Feed
+    learning_rate: LearningRate
+    tracker: Tracker
+    step: int = 0
+    tokens: int = 0
+    last_learning_rate: float | None = None
+    """Of the last finished step; None before the first."""
+    stop_reason: str | None = None
+    """Set by a hook that ends the run after this step."""
+    poll_stop: Callable[[], bool] = lambda: False
+    """Ask between the parts of something long whether a stop was requested meanwhile. Collective."""
+    extra_state: dict[str, Any] = field(default_factory=dict)
+    """State of the hooks by name, as restored from the checkpoint."""
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.stage.folder
+
+    @property
+    def finished(self) -> bool:
+        """True when this invocation has nothing more to train."""
+        return self.stop_reason is not None or self.step >= self.config.last_step
+
+    def record(self, record: StepRecord) -> None:
+        """Count a finished step.
+
+        Raises:
+            FloatingPointError: if the loss is not finite and the engine did not skip the step.
+        """
+        self.step += 1
+        self.last_learning_rate = record.learning_rate
+        self.tokens += self.config.tokens_per_step
+        if not record.result.skipped and not math.isfinite(record.result.loss):
+            raise FloatingPointError(f"the loss of step {self.step} is {record.result.loss}")

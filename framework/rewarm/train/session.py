@@ -1,0 +1,125 @@
+"""One invocation of a stage on one rank: assemble, restore, train, report."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from rewarm.checkpoint.distributed import find_checkpoint, read_state
+from rewarm.config.run import RunConfig
+from rewarm.engine.base import Engine
+from rewarm.mixing.weight_log import WeightEntry, WeightLog
+from rewarm.schedule.learning_rate import LearningRate
+from rewarm.tracking.tracker import Tracker
+from rewarm.train.feed import Feed
+from rewarm.train.folder import check_same_stage, open_logs, prepare_folder, write_run_files
+from rewarm.train.hooks import standard_hooks
+from rewarm.train.loop import train
+from rewarm.train.run import Run
+from rewarm.train.stage import Stage, resolve_stage
+from rewarm.train.state import MODEL, restore
+from rewarm.train.summary import print_summary
+
+log = logging.getLogger(__name__)
+
+
+def run_session(config: RunConfig) -> None:
+    """Train a stage to its end, or to a stop, on the ranks of this job.
+
+    Args:
+        config: the stage.
+
+    Raises:
+        UserError: for everything that the user can mend; nothing that was saved before is lost.
+    """
+    from rewarm.engine.build import build_engine
+    from rewarm.launch.environment import find_ranks
+
+    ranks = find_ranks()
+    stage = resolve_stage(config, ranks.world_size)
+    if ranks.rank == 0:
+        prepare_folder(config)
+    engine = build_engine(config, stage.architecture, stage.names)
+    try:
+        engine.barrier()
+        open_logs(stage.folder, engine.rank)
+        run = assemble(config, stage, engine)
+        try:
+            train(run, standard_hooks())
+        except BaseException:
+            run.tracker.close(1)
+            raise
+        run.feed.close()
+        run.tracker.close(0)
+        if engine.is_main:
+            print_summary(run)
+    except BaseException:
+        log.exception("rank %d failed", engine.rank)
+        raise
+    finally:
+        engine.close()
+
+
+def assemble(config: RunConfig, stage: Stage, engine: Engine) -> Run:
+    """A run on its ranks, restored from its own newest checkpoint, else started from its parent. Collective."""
+    messages: list[str] = []
+    checkpoint = find_checkpoint(engine, stage.folder / "checkpoints", messages.append)
+    state = None if checkpoint is None else read_state(checkpoint)
+    if engine.is_main:
+        if state is not None:
+            messages += check_same_stage(config, stage.folder)
+        write_run_files(config, stage, started=state is not None)
+    engine.barrier()
+    entries = engine.broadcast(_weight_log(stage, started=state is not None) if engine.is_main else None)
+    sampler = stage.sampler(None if state is None else state["sampler"], entries)
+    tracker = Tracker(
+        stage.folder,
+        config.tracking,
+        stage.names,
+        config.total_steps,
+        resumed_step=int(state["step"]) if state is not None else 0,
+        config_dump=config.model_dump(mode="json"),
+        is_main=engine.is_main,
+    )
+    feed = Feed(
+        sampler,
+        stage.trained,
+        global_batch_size=config.batch.global_batch_size,
+        rank=engine.data_parallel_rank,
+        num_ranks=engine.data_parallel_size,
+        vocab_size=stage.architecture.vocab_size,
+    )
+    schedule = LearningRate(config.schedule, config.total_tokens, config.tokens_per_step)
+    run = Run(config, stage, engine, feed, schedule, tracker)
+    for message in messages + stage.messages:
+        tracker.message(message)
+    _fill(run, checkpoint, state)
+    return run
+
+
+def _weight_log(stage: Stage, *, started: bool) -> list[WeightEntry]:
+    """The entries of the run's weight log, which a new run begins with the weights of its first sample."""
+    weight_log = WeightLog(stage.folder / "mixture.jsonl")
+    if not started:
+        weights = dict(zip(stage.names, stage.initial_weights.tolist(), strict=True))
+        weight_log.append(0, weights, f"start: {stage.config.mixture.mixer}")
+        for entry in stage.planned:
+            weight_log.append(entry.sample, entry.weights, entry.reason)
+    return weight_log.entries()
+
+
+def _fill(run: Run, checkpoint: Path | None, state: dict[str, Any] | None) -> None:
+    """Give the model its weights: the run's own, the parent's, or random ones."""
+    parent = run.stage.origin.parent
+    if checkpoint is not None and state is not None:
+        restore(run, checkpoint, state)
+        run.tracker.message(f"resumed from {checkpoint}")
+    elif parent is None:
+        run.tracker.message(f"random weights, {run.engine.parameter_count():,} parameters")
+    elif parent.checkpoint is not None:
+        run.engine.load(parent.checkpoint / MODEL, optimizer=run.config.optimizer_state == "keep")
+        run.tracker.message(f"weights of {parent.checkpoint}, optimizer state {run.config.optimizer_state}")
+    else:
+        run.engine.import_huggingface(parent.folder)
+        run.tracker.message(f"weights of {parent.folder}")

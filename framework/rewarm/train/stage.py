@@ -1,0 +1,202 @@
+"""What a configuration stands for once every name in it is looked up and checked. No torch, no ranks."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rewarm.config.run import RunConfig
+from rewarm.data.domain import Domain, open_domain
+from rewarm.engine.layout import check_layout
+from rewarm.errors import UserError
+from rewarm.mixing.controller import MixtureController
+from rewarm.mixing.mixers.build import build_mixer
+from rewarm.mixing.mixture import Clock, initial_weights, planned_changes
+from rewarm.mixing.sampler import SampledDomain, Sampler
+from rewarm.mixing.weight_log import WeightEntry
+from rewarm.mixing.weights import TOTAL, align, fractions
+from rewarm.model.architecture import Architecture
+from rewarm.model.tokenizer_check import required_rows
+from rewarm.replay.lineage import ConsumedDomain, Lineage
+from rewarm.replay.lineage import Stage as LineageStage
+from rewarm.schedule.learning_rate import LearningRate
+from rewarm.train.old_domains import open_old_domains
+from rewarm.train.origin import Origin, find_origin
+from rewarm.train.tokenizers import check_tokenizers, choose_tokenizer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Stage:
+    """A resolved stage."""
+
+    config: RunConfig
+    origin: Origin
+    architecture: Architecture
+    tokenizer: Path | None
+    """Folder of the tokenizer; None when nothing names one (bare token files and a model without one)."""
+    trained: list[Domain]
+    """New domains, then replayed ones: the order of every per-domain array."""
+    evaluated: list[Domain]
+    """The trained domains, then those of the lineage that are only watched."""
+    initial_weights: np.ndarray
+    """int64 [D]."""
+    planned: list[WeightEntry]
+    """Changes of weights that are known before the first step."""
+    messages: list[str] = field(default_factory=list)
+    """What the user should know before the first step."""
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.config.folder
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the trained domains."""
+        return [domain.name for domain in self.trained]
+
+    def sampler(self, state: Mapping[str, Any] | None, log_entries: Iterable[WeightEntry]) -> Sampler:
+        """A sampler at the first sample, or where a checkpoint left it.
+
+        Args:
+            state: the ``sampler`` part of a checkpoint, or None.
+            log_entries: the weight log, which says what comes after the checkpoint.
+        """
+        sampled = [
+            SampledDomain(domain.name, len(domain.train), domain.fingerprint, self._max_epochs(domain.name))
+            for domain in self.trained
+        ]
+        sampler = Sampler(sampled, self.config.seed, self.initial_weights)
+        if state is not None:
+            sampler.load_state_dict(state)
+        for entry in log_entries:
+            if entry.sample > sampler.sample_index:
+                sampler.schedule_weights(align(entry.weights, sampler.names), entry.sample)
+        if state is None or not self.config.mixture.is_updated:
+            sampler.plan(self.config.total_steps * self.config.batch.global_batch_size)
+        return sampler
+
+    def controller(self) -> MixtureController:
+        """What steers the weights of the new domains after evaluations, as it stands at the first step."""
+        config, num_new = self.config, len(self.config.data)
+        weights = fractions(self.initial_weights[:num_new])
+        mixer = build_mixer(config.mixture, self.names[:num_new], weights, lambda text: config.steps(text) or 0)
+        return MixtureController(
+            config.mixture,
+            mixer,
+            replayed=dict(zip(self.names[num_new:], self.initial_weights[num_new:].tolist(), strict=True)),
+            replay_fraction=config.replay.fraction,
+            total_samples=config.total_steps * config.batch.global_batch_size,
+        )
+
+    def _max_epochs(self, name: str) -> float | None:
+        return self.config.data[name].max_epochs if name in self.config.data else None
+
+    def lineage(self, learning_rate: float | None, tokens: int, cursors: Mapping[str, int]) -> Lineage:
+        """The lineage that ends with this run.
+
+        Args:
+            learning_rate: of its last step.
+            tokens: trained so far.
+            cursors: windows drawn of each trained domain.
+        """
+        length = self.config.batch.sequence_length
+        consumed = tuple(
+            ConsumedDomain(
+                name=domain.name,
+                path=str(Path(domain.path).resolve()),
+                held_out=_absolute(domain.settings.held_out),
+                held_out_fraction=domain.settings.held_out_fraction,
+                fingerprint=domain.fingerprint,
+                tokens=cursors[domain.name] * length,
+                windows=cursors[domain.name],
+                tokenizer_fingerprint=domain.tokenizer_fingerprint or "",
+            )
+            for domain in self.trained
+        )
+        own = LineageStage(self.config.name, "run", str(self.folder.resolve()), learning_rate, tokens, consumed)
+        return self.origin.lineage.extended(own)
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).resolve())
+
+
+def resolve_stage(config: RunConfig, num_ranks: int) -> Stage:
+    """Look up everything that a configuration names.
+
+    Args:
+        config: the stage.
+        num_ranks: ranks it will run on.
+
+    Raises:
+        UserError: for whatever is missing, does not fit together or would be ignored.
+    """
+    if not config.data:
+        raise UserError("data is empty: there is nothing to train on", fix="name at least one domain under data")
+    origin = find_origin(config)
+    length = config.batch.sequence_length
+    new = [open_domain(name, domain, length) for name, domain in config.data.items()]
+    tokenizer = choose_tokenizer(config, origin, new)
+    architecture = origin.architecture or _new_architecture(config, tokenizer, new)
+    check_layout(config, architecture, num_ranks)
+    old = open_old_domains(config, origin.lineage, new)
+    tokens = {domain.name: domain.train.num_tokens for domain in new}
+    shares = {domain.name: share for domain, share in old.replayed}
+    names, weights = initial_weights(config.mixture, config.replay, tokens, shares, total_tokens=config.total_tokens)
+    planned = planned_changes(config.mixture, config.replay, tokens, shares, _clock(config))
+    trained = new + [domain for domain, _ in old.replayed]
+    assert names == [domain.name for domain in trained], (names, trained)
+    evaluated = trained + old.watched
+    check_tokenizers(tokenizer, architecture, evaluated)
+    _check_enough_windows(config, trained, weights)
+    stage = Stage(config, origin, architecture, tokenizer, trained, evaluated, weights, planned, list(old.messages))
+    # Both refuse what could only fail after the ranks have started.
+    stage.sampler(None, planned)
+    stage.controller()
+    return stage
+
+
+def _clock(config: RunConfig) -> Clock:
+    schedule = LearningRate(config.schedule, config.total_tokens, config.tokens_per_step)
+    return Clock(
+        total_steps=config.total_steps,
+        global_batch_size=config.batch.global_batch_size,
+        steps=lambda duration: config.steps(duration) or 0,
+        learning_rate=lambda step: schedule.at(step * config.tokens_per_step),
+    )
+
+
+def _new_architecture(config: RunConfig, tokenizer: Path | None, new: list[Domain]) -> Architecture:
+    assert config.model is not None, "RunConfig refuses a stage without parent and model"
+    vocab_size = config.model.vocab_size or next((d.vocab_size for d in new if d.vocab_size), None)
+    if vocab_size is None and tokenizer is not None:
+        vocab_size = required_rows(tokenizer)
+    if vocab_size is None:
+        raise UserError(
+            "the size of the vocabulary is not known: model.vocab_size and tokenizer are not set, and no domain "
+            "names the tokenizer it was built with",
+            fix="set tokenizer to the folder of the tokenizer that the token files were made with",
+        )
+    return Architecture.from_config(config.model, vocab_size)
+
+
+def _check_enough_windows(config: RunConfig, trained: list[Domain], weights: np.ndarray) -> None:
+    """Refuse a domain that would repeat within a single step."""
+    for domain, weight in zip(trained, weights.tolist(), strict=True):
+        share = math.ceil(weight / TOTAL * config.batch.global_batch_size)
+        if len(domain.train) < share:
+            raise UserError(
+                f"domain {domain.name!r} ({domain.path}) has {len(domain.train)} windows of "
+                f"{config.batch.sequence_length} tokens, but one step takes {share} of it "
+                f"(weight {weight / TOTAL:.3g}, batch.global_batch_size={config.batch.global_batch_size})",
+                fix="give it more text, or lower its weight, batch.global_batch_size or batch.sequence_length",
+            )

@@ -1,0 +1,27 @@
+"""What a user reads when a run ends."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+from rewarm.evaluation.comparison import compare, comparison_table
+from rewarm.tracking.metrics import EvaluationLine, read_lines
+
+if TYPE_CHECKING:
+    from rewarm.train.run import Run
+
+
+def print_summary(run: Run) -> None:
+    """Print why the run ended, what changed in each domain's held-out loss, and where things lie."""
+    from rich.console import Console
+
+    console = Console()
+    if run.step < run.config.total_steps:
+        why = run.stop_reason or f"stop_at={run.config.stop_at}"
+        console.print(f"stopped after step {run.step} of {run.config.total_steps} ({why}); the same command goes on")
+        return
+    lines = cast("list[EvaluationLine]", read_lines(run.folder / "evaluation.jsonl"))
+    if len(lines) > 1:
+        console.print(comparison_table(compare(lines, new_domains=set(run.config.data))))
+    console.print(f"run      {run.folder}")
+    console.print(f"export   rewarm export {run.folder} --output {run.folder / 'huggingface'} --check")

@@ -1,0 +1,134 @@
+"""Opening a domain: splits, identity, cost, and what is said when it cannot be opened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rewarm.config.data import DomainConfig
+from rewarm.data.domain import open_domain
+from rewarm.errors import UserError
+from unit.data.helpers import start_python, write_pair
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Path:
+    lengths = np.random.default_rng(1).integers(10, 200, 300)
+    write_pair(tmp_path / "a", np.arange(lengths.sum(), dtype=np.int32), lengths.tolist())
+    return tmp_path / "a"
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.2, 0.5])
+def test_bare_pair_holds_out_whole_documents_at_its_end(pair: Path, fraction: float) -> None:
+    domain = open_domain("a", DomainConfig(path=str(pair), held_out_fraction=fraction), 32)
+    source = domain.train.source
+    starts = [source.document_start(i) for i in range(source.num_documents)]
+    assert domain.train.start == 0 and domain.train.stop == domain.held_out.start
+    assert domain.held_out.stop == source.num_tokens and domain.held_out.start in starts
+    wanted = fraction * source.num_tokens
+    following = min([s for s in starts if s > domain.held_out.start], default=source.num_tokens)
+    assert domain.held_out.num_tokens >= round(wanted) > source.num_tokens - following - 1
+
+
+def test_held_out_prefix(pair: Path, tmp_path: Path) -> None:
+    write_pair(tmp_path / "valid", np.arange(500, dtype=np.uint16))
+    domain = open_domain("a", DomainConfig(path=str(pair), held_out=str(tmp_path / "valid")), 32)
+    assert domain.train.num_tokens == domain.train.source.num_tokens and domain.held_out.num_tokens == 500
+    with pytest.raises(UserError, match=r"held_out_fraction=0\.5 would be ignored"):
+        config = DomainConfig(path=str(pair), held_out=str(tmp_path / "valid"), held_out_fraction=0.5)
+        open_domain("a", config, 32)
+
+
+def test_fingerprint_goes_by_content(pair: Path, tmp_path: Path) -> None:
+    first = open_domain("a", DomainConfig(path=str(pair)), 32)
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for suffix in (".bin", ".idx"):
+        (moved / f"b{suffix}").write_bytes(Path(f"{pair}{suffix}").read_bytes())
+    assert open_domain("b", DomainConfig(path=str(moved / "b")), 64).fingerprint == first.fingerprint
+    other_split = DomainConfig(path=str(pair), held_out_fraction=0.3)
+    assert open_domain("a", other_split, 32).fingerprint != first.fingerprint
+    content = bytearray((moved / "b.bin").read_bytes())
+    content[0] ^= 1
+    (moved / "b.bin").write_bytes(content)
+    assert open_domain("b", DomainConfig(path=str(moved / "b")), 32).fingerprint != first.fingerprint
+
+
+class _Letters:
+    """Every token is one letter of two UTF-8 bytes; tokens that divide by 4 are special."""
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+        assert skip_special_tokens
+        return "é" * sum(1 for token in token_ids if token % 4)
+
+
+def test_bytes_per_token_of_a_bare_pair_is_measured(pair: Path) -> None:
+    domain = open_domain("a", DomainConfig(path=str(pair), held_out_fraction=0.2), 32)
+    assert domain.held_out_bytes_per_token is None
+    assert domain.measure_bytes_per_token(_Letters()) == pytest.approx(1.5)
+    assert domain.held_out_bytes_per_token == pytest.approx(1.5)
+
+
+def test_what_cannot_be_opened_is_named_with_its_fix(tmp_path: Path, pair: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    write_pair(tmp_path / "short", np.arange(30, dtype=np.uint16), [20, 10])
+    write_pair(tmp_path / "single", np.arange(3000, dtype=np.uint16))
+    write_pair(tmp_path / "empty", np.empty(0, dtype=np.uint16), [0])
+    write_pair(tmp_path / "lone", np.arange(30, dtype=np.uint16))
+    (tmp_path / "lone.idx").unlink()
+    for path, words in (
+        (tmp_path / "nowhere", "neither such a folder nor"),
+        (tmp_path / "folder", "no domain.json"),
+        (tmp_path / "short", "less than one window"),
+        (tmp_path / "single", "whole documents"),
+        (tmp_path / "empty", "is empty"),
+        (tmp_path / "lone", "lone.idx does not exist"),
+        (Path(f"{pair}.bin"), "names one file of a pair"),
+    ):
+        with pytest.raises(UserError, match=words) as caught:
+            open_domain("mine", DomainConfig(path=str(path)), 64)
+        assert str(path) in str(caught.value) and caught.value.fix
+    with pytest.raises(UserError, match=r"held_out=nothing: nothing\.bin does not exist"):
+        open_domain("mine", DomainConfig(path=str(pair), held_out="nothing"), 64)
+
+
+_OPEN_MANY = """
+import resource, struct, sys
+from pathlib import Path
+from rewarm.config.data import DomainConfig
+from rewarm.data.domain import open_domain
+from rewarm.data.indexed import MAGIC, IndexHeader
+import numpy as np
+folder, tokens, count = Path(sys.argv[1]), 5_000_000_000, 5_000_000
+header = IndexHeader(np.dtype(np.uint16), count, count + 1)
+for i in range(200):
+    with open(folder / f"{i}.bin", "wb") as stream:
+        stream.truncate(2 * tokens)
+    with open(folder / f"{i}.idx", "wb") as stream:
+        stream.truncate(header.size)
+        stream.write(struct.pack("<9sQBQQ", MAGIC, 1, 8, count, count + 1))
+        for offset, layout, value in (
+            (34 + 4 * (count - 1), "<i", 1000),
+            (header.pointers_offset + 8 * (count - 1), "<q", 2 * (tokens - 1000)),
+            (header.size - 8, "<q", count),
+        ):
+            stream.seek(offset)
+            stream.write(struct.pack(layout, value))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+config = {str(i): DomainConfig(path=str(folder / str(i)), held_out=str(folder / "0")) for i in range(200)}
+domains = [open_domain(name, domain, 4096) for name, domain in config.items()]
+for domain in domains:
+    domain.train.read(np.array([0, len(domain.train) - 1]))
+assert sum(domain.train.num_tokens for domain in domains) == 10**12
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
+    """200 domains of 10^12 tokens in all, in sparse files: a table of them would take 10 GB."""
+    process = start_python("-c", _OPEN_MANY, str(tmp_path))
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert int(printed) < 100
