@@ -101,9 +101,7 @@ class ThrottledDevice:
     node = None
     torch_device = torch.device("cpu")
 
-    def __init__(
-        self, *, h2d: float = float("inf"), d2h: float = float("inf"), duplex: float = float("inf")
-    ) -> None:
+    def __init__(self, *, h2d: float = float("inf"), d2h: float = float("inf"), duplex: float = float("inf")) -> None:
         """Args are bytes/s: to the device, from the device, and both together."""
         self.name = f"throttled (h2d {h2d / 1e9:g}, d2h {d2h / 1e9:g}, duplex {duplex / 1e9:g} GB/s)"
         self._rate = {"h2d": h2d, "d2h": d2h}

@@ -210,7 +210,9 @@ class Executor:
                 work.setdefault(task.lane, []).append(i)
         queues: dict[str, queue.SimpleQueue[_Step | None]] = {lane: queue.SimpleQueue() for lane in work}
         self._threads = [
-            threading.Thread(target=self._lane, args=(lane, work[lane], queues[lane]), name=f"offload-{lane}", daemon=True)
+            threading.Thread(
+                target=self._lane, args=(lane, work[lane], queues[lane]), name=f"offload-{lane}", daemon=True
+            )
             for lane in work
         ]
         for thread in self._threads:

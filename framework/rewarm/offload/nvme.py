@@ -36,7 +36,9 @@ class Store:
     Not safe for use by two threads at once, except that reads and writes have a queue each.
     """
 
-    def __init__(self, paths: Sequence[str | Path], sizes: Sequence[int], shares: Sequence[float] | None = None) -> None:
+    def __init__(
+        self, paths: Sequence[str | Path], sizes: Sequence[int], shares: Sequence[float] | None = None
+    ) -> None:
         """Reserve the space.
 
         Args:

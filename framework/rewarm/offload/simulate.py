@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 _EPSILON = 1e-12
@@ -112,7 +113,7 @@ class _Run:
             self.demand.append(kinds.setdefault(demand, len(kinds)))
         self.demands = list(kinds)
         self.known: dict[tuple[int, ...], list[float]] = {}
-        self.next_in_lane = {a: b for queue in lanes.values() for a, b in zip(queue[:-1], queue[1:], strict=True)}
+        self.next_in_lane = {a: b for queue in lanes.values() for a, b in pairwise(queue)}
         self.heads = {queue[0] for queue in lanes.values()}
         self.left = [task.seconds for task in self.tasks]
         self.start = [0.0] * count
@@ -232,7 +233,7 @@ def check(timeline: Timeline, subgroups: int) -> None:
             spans[number][task.subgroup] = (min(first, timeline.start[index]), max(last, timeline.end[index]))
         for number, users in spans.items():
             ordered = sorted(users.values())
-            for (_, last), (first, _) in zip(ordered[:-1], ordered[1:], strict=True):
+            for (_, last), (first, _) in pairwise(ordered):
                 assert last <= first + 1e-9, f"{kind} {number} is reused before it is empty"
 
 

@@ -100,7 +100,9 @@ class States:
             self.pool.give(tensor)
         self._taken = []
 
-    def load(self, master: torch.Tensor, moment1: torch.Tensor, moment2: torch.Tensor, parameters: torch.Tensor) -> None:
+    def load(
+        self, master: torch.Tensor, moment1: torch.Tensor, moment2: torch.Tensor, parameters: torch.Tensor
+    ) -> None:
         """Fill the state from flat host arrays, and the model's parameters with the rounded master.
 
         Args:

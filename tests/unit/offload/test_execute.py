@@ -19,7 +19,13 @@ from rewarm.offload.states import States
 R, S, C, NC, NS = Route.RESIDENT, Route.STREAMED, Route.CPU, Route.NVME_CPU, Route.NVME_STREAMED
 # Two parameter groups, a trailing subgroup, shards that cross subgroups, a tied weight that appears once.
 LAYOUT = Layout.of(
-    [Shard("embedding", 5000), Shard("norm", 70, group=1), Shard("up", 3001), Shard("bias", 9, group=1), Shard("down", 4100)],
+    [
+        Shard("embedding", 5000),
+        Shard("norm", 70, group=1),
+        Shard("up", 3001),
+        Shard("bias", 9, group=1),
+        Shard("down", 4100),
+    ],
     subgroup_size=1000,
 )
 COUNT = LAYOUT.subgroups
@@ -125,9 +131,7 @@ def assert_shards_equal(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 def assert_same(executor: Executor, plain: Plain) -> None:
     assert_shards_equal(executor.parameters, plain.parameters)
-    for ours, theirs in zip(
-        executor.states.export(executor.parameters), (plain.master, *plain.moments), strict=True
-    ):
+    for ours, theirs in zip(executor.states.export(executor.parameters), (plain.master, *plain.moments), strict=True):
         assert_shards_equal(ours, theirs)
 
 

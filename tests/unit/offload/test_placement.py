@@ -16,11 +16,11 @@ from rewarm.offload.placement import (
     interleave,
     named,
     place,
-    relax,
     score,
     search,
     update_seconds,
 )
+from rewarm.offload.relaxation import relax
 from rewarm.offload.routes import Job, Machine, Placement, Route, memory
 from rewarm.offload.simulate import check
 
@@ -155,7 +155,7 @@ def test_host_memory_decides_what_rests_on_nvme() -> None:
     machine = replace(H100, host_free=30e9, nvme_read=10e9, nvme_write=7e9, nvme_free=1e12)
     best, _ = place(machine, TWENTY_BILLION, 50)
     device, host, nvme = memory(best.placement, TWENTY_BILLION)
-    assert device <= machine.device_free and host <= machine.host_free and 0 < nvme
+    assert device <= machine.device_free and host <= machine.host_free and nvme > 0
 
 
 def test_state_that_fits_nowhere_is_refused_in_figures() -> None:
