@@ -98,7 +98,7 @@ class ThrottledDevice:
     """A second pool of host memory behind a link of set bandwidth."""
 
     pins = False
-    node = None
+    node: int | None = None
     torch_device = torch.device("cpu")
 
     def __init__(self, *, h2d: float = float("inf"), d2h: float = float("inf"), duplex: float = float("inf")) -> None:

@@ -278,17 +278,16 @@ class Executor:
         for segment in self.layout.segments(subgroup):
             piece = slice(segment.start, segment.stop)
             constants = step.constants[segment.group]
+            moment1, moment2, grad = state.moment1[piece], state.moment2[piece], gradient[piece]
+            threads = self.cpu_threads
             if state.low is not None:
-                arrays = (parameters[piece], state.low[piece], state.moment1[piece], state.moment2[piece])
-                adamw.update_split(constants, *arrays, gradient[piece], threads=self.cpu_threads)
+                low = state.low[piece]
+                adamw.update_split(constants, parameters[piece], low, moment1, moment2, grad, threads=threads)
             else:
-                assert state.master is not None
-                arrays = (state.master[piece], state.moment1[piece], state.moment2[piece])
                 target = None if out is None else out[piece]
-                adamw.update(constants, *arrays, gradient[piece], target, threads=self.cpu_threads)
+                adamw.update(constants, state.first[piece], moment1, moment2, grad, target, threads=threads)
         if on_device and not half:
-            assert state.master is not None
-            parameters.copy_(state.master)
+            parameters.copy_(state.first)
         self.device.settle()
 
 

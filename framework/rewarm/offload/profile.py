@@ -212,7 +212,7 @@ class _Bench:
         return _rate(self.seconds, lambda: self._copy(direction), _COPY_BYTES)
 
     def both(self) -> float:
-        return sum(self._beside(lambda: None)[1])
+        return sum(self._beside()[1])
 
     def update(self, size: int, on_device: bool = False) -> float:
         run = self._updater(size, on_device)
@@ -251,19 +251,19 @@ class _Bench:
 
     def _updater(self, size: int, on_device: bool = False) -> Callable[[], None]:
         where = self.device.torch_device if on_device else torch.device("cpu")
-        state = [torch.zeros(size, device=where) for _ in range(3)]
+        master, moment1, moment2 = (torch.zeros(size, device=where) for _ in range(3))
         grad, out = (torch.zeros(size, dtype=torch.bfloat16, device=where) for _ in range(2))
         step = adamw.AdamWStep.prepare(step=10, learning_rate=1e-3)
 
         def run() -> None:
-            adamw.update(step, *state, grad, out, threads=self.threads)
+            adamw.update(step, master, moment1, moment2, grad, out, threads=self.threads)
             if on_device:
                 self.device.settle()
 
         return run
 
-    def _beside(self, work: Callable[[], Any], amount: float = 0.0) -> tuple[float, list[float]]:
-        """Rate of some work while both directions copy, and their rates."""
+    def _beside(self, work: Callable[[], Any] | None = None, amount: float = 0.0) -> tuple[float, list[float]]:
+        """Rate of some work, if any, while both directions copy, and their rates."""
         stop = threading.Event()
         moved = [0.0, 0.0]
 
@@ -276,7 +276,11 @@ class _Bench:
         start = time.perf_counter()
         for thread in threads:
             thread.start()
-        rate = _rate(self.seconds, work, amount) if amount else float(time.sleep(self.seconds) or 0.0)
+        rate = 0.0
+        if work is None:
+            time.sleep(self.seconds)
+        else:
+            rate = _rate(self.seconds, work, amount)
         stop.set()
         for thread in threads:
             thread.join()

@@ -138,7 +138,7 @@ class _Run:
 
     def _admit(self, candidates: list[int], now: float) -> None:
         """Start those heads of lanes that wait for nothing; those that take no time end at once."""
-        instant = []
+        instant: list[int] = []
         for i in candidates:
             if i in self.heads and self.waiting[i] == 0:
                 self.heads.discard(i)
