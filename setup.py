@@ -1,14 +1,76 @@
-"""Installs the package from ``framework/`` and builds the C library in ``csrc/``; see pyproject.toml for the tools."""
+"""Installs the package from ``framework/`` and compiles ``csrc/``; see pyproject.toml for the tools.
+
+``python setup.py build_ext --inplace`` compiles into a source tree. The libraries are optional: without a compiler the
+package installs and warns at run time. ``CXX`` names the C++ compiler, ``REWARM_CUDA_ARCHS`` (``80;90a;100``) the GPU
+architectures; the CUDA library is built where ``nvcc`` is found.
+"""
 
 from __future__ import annotations
 
+import os
 import runpy
+import shutil
+import subprocess
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 VERSIONS = runpy.run_path(str(ROOT / "framework" / "rewarm" / "versions.py"))
+NATIVE = runpy.run_path(str(ROOT / "framework" / "rewarm" / "native.py"))
+# Contraction is off because the update must round alike on every instruction set (csrc/common/adamw.h).
+CXX_FLAGS = "-std=c++17 -O3 -fopenmp -fPIC -shared -ffp-contract=off -fno-math-errno -fvisibility=default -Wall".split()
+NVCC_FLAGS = "-std=c++17 -O3 -shared -Xcompiler -fPIC --cudart static".split()
+
+
+def find_nvcc() -> str | None:
+    """The CUDA compiler of CUDA_HOME, else of PATH."""
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+
+
+def compile_command(name: str, sources: list[str], output: str) -> list[str]:
+    """The one compiler call that makes a library."""
+    build = f'-DREWARM_BUILD="{VERSIONS["__version__"]} {NATIVE["source_digest"](ROOT / "csrc")}"'
+    if name.endswith("cpu"):
+        return [os.environ.get("CXX", "g++"), *CXX_FLAGS, build, *sources, "-o", output]
+    architectures = os.environ.get("REWARM_CUDA_ARCHS", "80;90a;100").split(";")
+    # The PTX of the lowest architecture lets the driver serve those that are not named.
+    lowest = min(architectures, key=lambda name: int(name.rstrip("af")))
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
+    targets.append(f"-gencode=arch=compute_{lowest},code=compute_{lowest}")
+    escaped = build.replace('"', '\\"')
+    return [find_nvcc() or "nvcc", *NVCC_FLAGS, *targets, escaped, *sources, "-o", output]
+
+
+class PlainLibraries(build_ext):
+    """Compiles each extension with one compiler call into a library without Python's name suffix or symbols."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return fullname.replace(".", "/") + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        output = Path(self.get_ext_fullpath(ext.name))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        command = compile_command(ext.name, ext.sources, str(output))
+        try:
+            subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            detail = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
+            raise CompileError(f"{ext.name} was not compiled ({detail[0]}): slower fallbacks will be used") from error
+
+
+def libraries() -> list[Extension]:
+    """One library for the CPU, and one for CUDA where its compiler is found."""
+    found = []
+    for kind, pattern, wanted in (("cpu", "*.cpp", True), ("cuda", "*.cu", find_nvcc() is not None)):
+        sources = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc" / kind).glob(pattern))
+        if wanted and sources:
+            found.append(Extension(f"rewarm._native.librewarm_{kind}", sources, optional=True))
+    return found
+
 
 setup(
     name="rewarm",
@@ -21,6 +83,8 @@ setup(
     package_dir={"": "framework"},
     packages=find_packages("framework"),
     package_data={"rewarm": ["py.typed"]},
+    ext_modules=libraries(),
+    cmdclass={"build_ext": PlainLibraries},
     install_requires=VERSIONS["requirement_lines"](),
     extras_require={
         "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.8", "mypy>=1.13", "types-PyYAML"],

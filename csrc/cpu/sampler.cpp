@@ -2,6 +2,13 @@
 
 #include <vector>
 
+// One copy of the picks for each vector width; the loader chooses what this processor has.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define REWARM_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define REWARM_CLONES
+#endif
+
 namespace {
 
 constexpr int64_t kTotal = int64_t{1} << 32;
@@ -39,17 +46,41 @@ inline uint64_t permute(uint64_t value, uint64_t size, const Widths& widths, con
     return value;
 }
 
-// Adds the weights and returns the lowest index of the largest credit. Finding the largest value first and its
-// place afterwards lets the compiler use vector instructions for both passes.
-inline int64_t add_and_find(int64_t num_domains, const int64_t* weights, int64_t* credits) {
+// Adds the weights and returns the lowest index of the largest credit. Two passes without an early exit, because the
+// compiler turns both into vector instructions.
+inline int64_t add_and_find(int64_t num_domains, const int64_t* __restrict weights, int64_t* __restrict credits) {
     int64_t largest = INT64_MIN;
     for (int64_t i = 0; i < num_domains; ++i) {
-        credits[i] += weights[i];
-        largest = credits[i] > largest ? credits[i] : largest;
+        const int64_t credit = credits[i] + weights[i];
+        credits[i] = credit;
+        largest = credit > largest ? credit : largest;
     }
-    int64_t chosen = 0;
-    while (credits[chosen] != largest) ++chosen;
+    int64_t chosen = num_domains;
+    for (int64_t i = 0; i < num_domains; ++i) {
+        const int64_t place = credits[i] == largest ? i : num_domains;
+        chosen = place < chosen ? place : chosen;
+    }
     return chosen;
+}
+
+// Picks up to n samples; windows[] receives each sample's offset within its epoch. Returns how many were picked.
+REWARM_CLONES int64_t pick(int64_t num_domains, const int64_t* weights, int64_t* credits, int64_t* cursors,
+                           const int64_t* sizes, const int64_t* epoch_starts, int64_t n, int64_t* domains,
+                           int64_t* windows, int64_t* missing) {
+    for (int64_t sample = 0; sample < n; ++sample) {
+        const int64_t chosen = add_and_find(num_domains, weights, credits);
+        const int64_t offset = cursors[chosen] - epoch_starts[chosen];
+        if (epoch_starts[chosen] < 0 || offset < 0 || offset >= sizes[chosen]) {
+            for (int64_t i = 0; i < num_domains; ++i) credits[i] -= weights[i];
+            *missing = chosen;
+            return sample;
+        }
+        credits[chosen] -= kTotal;
+        ++cursors[chosen];
+        domains[sample] = chosen;
+        windows[sample] = offset;
+    }
+    return n;
 }
 
 }  // namespace
@@ -59,25 +90,20 @@ extern "C" int64_t rewarm_sampler_draw(int64_t num_domains, const int64_t* weigh
                                        const uint64_t* keys, int64_t n, int64_t* domains, int64_t* windows,
                                        int64_t* missing) {
     std::vector<Widths> widths(num_domains);
-    std::vector<int64_t> epoch_start(num_domains);
+    std::vector<int64_t> epoch_starts(num_domains);
     for (int64_t i = 0; i < num_domains; ++i) {
         widths[i] = widths_of(static_cast<uint64_t>(sizes[i]));
-        epoch_start[i] = key_epochs[i] < 0 ? -1 : key_epochs[i] * sizes[i];
+        epoch_starts[i] = key_epochs[i] < 0 ? -1 : key_epochs[i] * sizes[i];
     }
     *missing = -1;
-    for (int64_t sample = 0; sample < n; ++sample) {
-        const int64_t chosen = add_and_find(num_domains, weights, credits);
-        const int64_t offset = cursors[chosen] - epoch_start[chosen];
-        if (epoch_start[chosen] < 0 || offset < 0 || offset >= sizes[chosen]) {
-            for (int64_t i = 0; i < num_domains; ++i) credits[i] -= weights[i];
-            *missing = chosen;
-            return sample;
-        }
-        credits[chosen] -= kTotal;
-        ++cursors[chosen];
-        domains[sample] = chosen;
-        windows[sample] = static_cast<int64_t>(permute(static_cast<uint64_t>(offset), static_cast<uint64_t>(sizes[chosen]),
-                                                       widths[chosen], keys + chosen * kRounds));
+    const int64_t drawn = pick(num_domains, weights, credits, cursors, sizes, epoch_starts.data(), n, domains, windows,
+                               missing);
+    // Apart from the picks, so that the permutations of neighbouring samples overlap in the processor.
+    for (int64_t sample = 0; sample < drawn; ++sample) {
+        const int64_t chosen = domains[sample];
+        windows[sample] = static_cast<int64_t>(permute(static_cast<uint64_t>(windows[sample]),
+                                                       static_cast<uint64_t>(sizes[chosen]), widths[chosen],
+                                                       keys + chosen * kRounds));
     }
-    return n;
+    return drawn;
 }

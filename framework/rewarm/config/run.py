@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rewarm.config.data import DomainConfig, MixtureConfig, ReplayConfig
+from rewarm.config.data import DomainConfig
+from rewarm.config.mixture import MixtureConfig, ReplayConfig
 from rewarm.config.model import ModelConfig
 from rewarm.config.section import Duration, Section, parse_duration, resolve_duration
 from rewarm.config.training import (
@@ -45,8 +46,8 @@ class RunConfig(Section):
     """Optimizer moments at the start of the stage; keep needs a parent that is a run."""
     model: ModelConfig | None = None
     """Shape of a model without parent; refused with a parent, which brings its own."""
-    data: dict[str, DomainConfig] = Field(min_length=1)
-    """The domains of this stage, by name."""
+    data: dict[str, DomainConfig]
+    """The domains of this stage, by name; at least one to train."""
     mixture: MixtureConfig = MixtureConfig()
     """How the domains share the batch."""
     replay: ReplayConfig = ReplayConfig()
@@ -96,12 +97,7 @@ class RunConfig(Section):
     def _check_across(self) -> RunConfig:
         _check_lineage(self)
         _check_sizes(self)
-        unknown = sorted(set(self.mixture.weights or {}) - set(self.data))
-        if unknown:
-            raise ValueError(f"mixture.weights names {unknown[0]!r}, which is not in data: {sorted(self.data)}")
-        missing = sorted(set(self.data) - set(self.mixture.weights or self.data))
-        if missing:
-            raise ValueError(f"mixture.weights has no weight for the domain {missing[0]!r} of data; 0 switches it off")
+        _check_mixture(self)
         return self
 
     @property
@@ -149,6 +145,22 @@ def _check_lineage(config: RunConfig) -> None:
         raise ValueError(f"model is ignored with parent={config.parent}, which brings its own shape: remove one")
     if config.replay.fraction == 0 and (config.replay.domains or config.replay.paths):
         raise ValueError("replay.domains and replay.paths are ignored with replay.fraction=0: set a fraction")
+
+
+def _check_mixture(config: RunConfig) -> None:
+    settings = {"mixture.weights": config.mixture.weights or config.data}
+    settings |= {f"mixture.phased.phases[{i}].weights": p.weights for i, p in enumerate(config.mixture.phases)}
+    for where, weights in settings.items():
+        unknown = sorted(set(weights) - set(config.data))
+        if unknown:
+            raise ValueError(f"{where} names {unknown[0]!r}, which is not in data: {sorted(config.data)}")
+        missing = sorted(set(config.data) - set(weights))
+        if missing:
+            raise ValueError(f"{where} has no weight for the domain {missing[0]!r} of data; 0 switches it off")
+    if config.mixture.is_updated and config.evaluation.interval is None:
+        raise ValueError(
+            f"mixture.mixer={config.mixture.mixer} changes weights at evaluations, but evaluation.interval is null"
+        )
 
 
 def _check_sizes(config: RunConfig) -> None:

@@ -111,8 +111,28 @@ class Engine(ABC):
         """Fill the model from a Hugging Face folder; each rank reads only its own shard. Collective."""
 
     @abstractmethod
-    def export_huggingface(self, folder: Path, *, tokenizer: Path | None) -> None:
-        """Write config, safetensors, tokenizer and generation files that ``AutoModelForCausalLM`` loads. Collective."""
+    def export_huggingface(
+        self,
+        folder: Path,
+        *,
+        tokenizer: Path | None,
+        lineage: Path | None = None,
+        dtype: str = "float32",
+        replace: bool = False,
+    ) -> None:
+        """Write config, safetensors, tokenizer and generation files that ``AutoModelForCausalLM`` loads. Collective.
+
+        Args:
+            folder: takes its name only when it is whole.
+            tokenizer: folder whose tokenizer, generation and licence files go along; None means none.
+            lineage: lineage.json that goes along, so that a stage which continues the export knows its ancestors.
+            dtype: ``"float32"`` or ``"bfloat16"``, of the tensors written. A bfloat16 run exports the rounded
+                parameters that its forward pass uses.
+            replace: take the place of what is there.
+
+        Raises:
+            rewarm.errors.UserError: on every rank, if the name is taken or cannot be written.
+        """
 
     @abstractmethod
     def rng_state(self) -> Any:

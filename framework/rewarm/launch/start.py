@@ -28,7 +28,8 @@ def start(config: RunConfig, arguments: list[str]) -> None:
     if num_ranks == 1:
         _train(config)
         return
-    from rewarm.train.stage import prepare_folder, resolve_stage
+    from rewarm.train.folder import prepare_folder
+    from rewarm.train.stage import resolve_stage
 
     resolve_stage(config, num_ranks)
     prepare_folder(config)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from rewarm.config.data import MixtureConfig, ReplayConfig
+from rewarm.config.mixture import MixtureConfig, ReplayConfig
 from rewarm.errors import UserError
 from rewarm.mixing.weights import check_weights, quantise
 

@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 from rewarm.errors import UserError
@@ -28,8 +27,9 @@ class WeightEntry:
 class WeightLog:
     """Append-only record of the weights of a run.
 
-    The log is authoritative: a resumed run reads the weights back, also those that were decided after the checkpoint
-    it resumes from, and never computes them again. Only one process may write it.
+    Lines stand in the order they were decided, which need not be the order of their samples: a planned phase is written
+    long before it begins. The log is authoritative: a resumed run reads the weights back, also those that were decided
+    after the checkpoint it resumes from, and never computes them again. Only one process may write it.
 
     Args:
         path: the file; it need not exist. A last line that a crash left torn is removed when the log is opened.
@@ -51,9 +51,9 @@ class WeightLog:
         return next((entry for entry in reversed(self._entries) if entry.sample == sample), None)
 
     def effective(self, sample: int) -> WeightEntry | None:
-        """The entry in effect for this sample index, or None before the first."""
-        held = [entry for entry in self._entries if entry.sample <= sample]
-        return held[-1] if held else None
+        """The entry in effect for this sample index (of those at one index the last written), or None before all."""
+        held = [entry for entry in reversed(self._entries) if entry.sample <= sample]
+        return max(held, key=lambda entry: entry.sample) if held else None
 
     def append(self, sample: int, weights: Mapping[str, int], reason: str) -> WeightEntry:
         """Write an entry and wait until it is on disk, before the weights can take effect.
@@ -62,8 +62,6 @@ class WeightLog:
             UserError: if the file cannot be written.
         """
         assert sum(weights.values()) == TOTAL, f"weights sum to {sum(weights.values())}, not 2^32"
-        last = self._entries[-1].sample if self._entries else 0
-        assert sample >= last, f"weights from sample {sample} after those from sample {last}"
         entry = WeightEntry(sample, {name: int(weight) for name, weight in weights.items()}, reason)
         line = json.dumps({"sample": entry.sample, "weights": entry.weights, "reason": entry.reason}) + "\n"
         try:
@@ -85,14 +83,7 @@ def _read(path: Path) -> list[WeightEntry]:
     if torn:
         _repair(path, len(content) - len(torn))
     lines = whole.split(b"\n") if whole else []
-    entries = [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
-    for number, (before, after) in enumerate(pairwise(entries), start=2):
-        if after.sample < before.sample:
-            raise UserError(
-                f"{path}:{number} takes effect at sample {after.sample}, before the line above it",
-                fix="restore the file as it was written",
-            )
-    return entries
+    return [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
 
 
 def _repair(path: Path, length: int) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from rewarm.config.model import ModelConfig
+from rewarm.errors import UserError
 
 Family = Literal["llama", "mistral", "qwen2", "qwen3"]
 
@@ -32,6 +33,8 @@ class Architecture:
     initializer_range: float = 0.02
     rope_scaling: dict[str, Any] | None = None
     """Hugging Face's ``rope_scaling`` of a kind that is honoured, or None."""
+    huggingface_config: dict[str, Any] | None = field(default=None, compare=False, repr=False)
+    """The config.json it was read from, so that an export keeps what is beside the shape (token ids, ...)."""
 
     @classmethod
     def from_config(cls, config: ModelConfig, vocab_size: int) -> Architecture:
@@ -40,9 +43,12 @@ class Architecture:
         Args:
             config: its shape; ``config.vocab_size`` wins over ``vocab_size``.
             vocab_size: length of the tokenizer.
+
+        Raises:
+            UserError: if the family's Hugging Face class cannot express the shape, so that no export would load.
         """
         heads = config.num_attention_heads
-        return cls(
+        architecture = cls(
             family=config.family,
             num_layers=config.num_layers,
             hidden_size=config.hidden_size,
@@ -59,6 +65,8 @@ class Architecture:
             qk_norm=config.qk_norm,
             initializer_range=config.initializer_range,
         )
+        check_family(architecture)
+        return architecture
 
     def padded_vocab_size(self, divisor: int, tensor: int) -> int:
         """Rows of the embedding once it is padded so that every tensor rank holds a multiple of ``divisor``."""
@@ -73,3 +81,27 @@ class Architecture:
     def from_dict(cls, values: dict[str, Any]) -> Architecture:
         """The inverse of :meth:`to_dict`."""
         return cls(**values)
+
+
+def check_family(architecture: Architecture) -> None:
+    """Refuse an architecture that its family's transformers class cannot express.
+
+    Raises:
+        UserError: naming the two settings that contradict each other.
+    """
+    family = architecture.family
+    for name, value, owner in (
+        ("qkv_bias", architecture.qkv_bias, "qwen2"),
+        ("qk_norm", architecture.qk_norm, "qwen3"),
+    ):
+        if value != (family == owner):
+            raise UserError(
+                f"model.{name}={str(value).lower()} cannot be written as model.family={family}",
+                fix=f"family {owner} has {name}=true, every other family {name}=false",
+            )
+    if family == "llama" and architecture.hidden_size % architecture.num_attention_heads:
+        raise UserError(
+            f"model.family=llama needs hidden_size={architecture.hidden_size} to be a multiple of "
+            f"num_attention_heads={architecture.num_attention_heads}",
+            fix="choose model.family=mistral, which takes any head_dim, or change the sizes",
+        )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from rewarm.config.data import ReplayConfig
+from rewarm.config.mixture import ReplayConfig
 from rewarm.errors import UserError, nearest
 from rewarm.replay.lineage import ConsumedDomain, Lineage
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from rewarm.checkpoint.distributed import find_checkpoint, read_state
-from rewarm.config.load import dump
 from rewarm.config.run import RunConfig
 from rewarm.engine.base import Engine
 from rewarm.mixing.weight_log import WeightEntry, WeightLog
@@ -76,7 +75,7 @@ def assemble(config: RunConfig, stage: Stage, engine: Engine) -> Run:
         stage.names,
         config.total_steps,
         resumed_step=int(state["step"]) if state is not None else 0,
-        config_dump=dump(config),
+        config_dump=config.model_dump(mode="json"),
         is_main=engine.is_main,
     )
     feed = Feed(

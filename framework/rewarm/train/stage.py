@@ -20,6 +20,7 @@ from rewarm.mixing.sampler import SampledDomain, Sampler
 from rewarm.mixing.weight_log import WeightEntry
 from rewarm.mixing.weights import TOTAL, align
 from rewarm.model.architecture import Architecture
+from rewarm.model.tokenizer_check import required_rows
 from rewarm.replay.lineage import ConsumedDomain, Lineage
 from rewarm.replay.lineage import Stage as LineageStage
 from rewarm.train.old_domains import open_old_domains
@@ -120,6 +121,8 @@ def resolve_stage(config: RunConfig, num_ranks: int) -> Stage:
     Raises:
         UserError: for whatever is missing, does not fit together or would be ignored.
     """
+    if not config.data:
+        raise UserError("data is empty: there is nothing to train on", fix="name at least one domain under data")
     origin = find_origin(config)
     length = config.batch.sequence_length
     new = [open_domain(name, domain, length) for name, domain in config.data.items()]
@@ -147,9 +150,7 @@ def _new_architecture(config: RunConfig, tokenizer: Path | None, new: list[Domai
     assert config.model is not None, "RunConfig refuses a stage without parent and model"
     vocab_size = config.model.vocab_size or next((d.vocab_size for d in new if d.vocab_size), None)
     if vocab_size is None and tokenizer is not None:
-        from rewarm.data.tokenizer import load_tokenizer
-
-        vocab_size = len(load_tokenizer(tokenizer))
+        vocab_size = required_rows(tokenizer)
     if vocab_size is None:
         raise UserError(
             "the size of the vocabulary is not known: model.vocab_size and tokenizer are not set, and no domain "

@@ -26,6 +26,7 @@ def checkpoint_state(run: Run) -> dict[str, Any]:
         "architecture": run.stage.architecture.to_dict(),
         "layout": _layout(run),
         "engine": run.config.engine,
+        "precision": run.config.precision,
     }
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from rewarm.evaluation.comparison import compare, render
-from rewarm.tracking.metrics import read_lines
+from rewarm.evaluation.comparison import compare, comparison_table
+from rewarm.tracking.metrics import EvaluationLine, read_lines
 
 if TYPE_CHECKING:
     from rewarm.train.run import Run
@@ -20,10 +20,8 @@ def print_summary(run: Run) -> None:
         why = run.stop_reason or f"stop_at={run.config.stop_at}"
         console.print(f"stopped after step {run.step} of {run.config.total_steps} ({why}); the same command goes on")
         return
-    lines = read_lines(run.folder / "evaluation.jsonl")
+    lines = cast("list[EvaluationLine]", read_lines(run.folder / "evaluation.jsonl"))
     if len(lines) > 1:
-        new = set(run.config.data)
-        old = [domain.name for domain in run.stage.evaluated if domain.name not in new]
-        console.print(render(compare(lines[0], lines[-1], old_domains=old)))
+        console.print(comparison_table(compare(lines, new_domains=set(run.config.data))))
     console.print(f"run      {run.folder}")
     console.print(f"export   rewarm export {run.folder} --output {run.folder / 'huggingface'} --check")

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from rewarm.config.run import RunConfig
 from rewarm.data.domain import Domain
-from rewarm.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from rewarm.data.tokenizer import open_backend, tokenizer_fingerprint
 from rewarm.errors import UserError
 from rewarm.model.architecture import Architecture
+from rewarm.model.tokenizer_check import check_tokenizer_fits
 from rewarm.train.origin import Origin
 
 _REBUILD = "rebuild the domain with the model's tokenizer: rewarm data build ... --tokenizer "
@@ -45,12 +46,7 @@ def check_tokenizers(tokenizer: Path | None, architecture: Architecture, domains
     own = None
     if tokenizer is not None:
         own = tokenizer_fingerprint(tokenizer)
-        length = len(load_tokenizer(tokenizer))
-        if length > architecture.vocab_size:
-            raise UserError(
-                f"the tokenizer {tokenizer} has {length} entries, but the model has {architecture.vocab_size} rows",
-                fix="use the tokenizer that the model was trained with",
-            )
+        check_tokenizer_fits(tokenizer, architecture, "the model")
     for domain in domains:
         if domain.vocab_size is not None and domain.vocab_size > architecture.vocab_size:
             raise UserError(
@@ -65,4 +61,4 @@ def check_tokenizers(tokenizer: Path | None, architecture: Architecture, domains
                 fix=_REBUILD + str(tokenizer),
             )
         if domain.held_out_bytes_per_token is None and tokenizer is not None:
-            domain.measure_bytes_per_token(load_tokenizer(tokenizer))
+            domain.measure_bytes_per_token(open_backend(tokenizer))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rewarm.config.data import MixtureConfig, ReplayConfig
+from rewarm.config.mixture import MixtureConfig, ReplayConfig
 from rewarm.errors import UserError
 from rewarm.mixing.mixture import initial_weights
 from rewarm.mixing.weights import TOTAL

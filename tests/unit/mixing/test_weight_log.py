@@ -59,14 +59,13 @@ def test_damage_elsewhere_is_named_with_its_line(tmp_path: Path, line: str) -> N
         WeightLog(path)
 
 
-def test_lines_in_another_order_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "mixture.jsonl"
-    log = WeightLog(path)
+def test_a_planned_change_may_be_written_before_an_earlier_one(tmp_path: Path) -> None:
+    log = WeightLog(tmp_path / "mixture.jsonl")
     log.append(0, HALF, "start")
-    log.append(9, ONE, "next")
-    path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
-    with pytest.raises(UserError, match=r"mixture\.jsonl:2 takes effect at sample 0"):
-        WeightLog(path)
+    log.append(90, ONE, "planned")
+    log.append(50, {"a": 1, "b": TOTAL - 1}, "decided later")
+    reasons = [entry.reason for sample in (0, 49, 50, 89, 90) if (entry := log.effective(sample))]
+    assert reasons == ["start", "start", "decided later", "decided later", "planned"]
 
 
 def test_an_unwritable_place_is_a_clear_error(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rewarm.config.data import ReplayConfig
+from rewarm.config.mixture import ReplayConfig
 from rewarm.errors import UserError
 from rewarm.replay.lineage import ConsumedDomain, Lineage, Stage
 from rewarm.replay.select import resolve_replay

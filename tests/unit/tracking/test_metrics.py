@@ -147,7 +147,7 @@ def test_a_line_is_in_the_file_before_the_next_is_written(tmp_path: Path) -> Non
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file/metrics.jsonl"):
+    with pytest.raises(UserError, match=r"file/metrics\.jsonl"):
         JsonLines(tmp_path / "file" / "metrics.jsonl")
 
 

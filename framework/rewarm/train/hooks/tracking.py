@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rewarm.mixing.weights import TOTAL
-from rewarm.tracking.metrics import metrics_line
+from rewarm.tracking.metrics import MetricsLine, metrics_line
 from rewarm.train.hooks.base import Hook
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class TrackingHook(Hook):
             self._seconds, self._steps = 0.0, 0
         run.extra_state["tracking"] = {"loss_sums": self._loss_sums.tolist(), "token_counts": self._counts.tolist()}
 
-    def _line(self, run: Run, record: StepRecord) -> dict[str, object]:
+    def _line(self, run: Run, record: StepRecord) -> MetricsLine:
         return metrics_line(
             step=run.step,
             tokens=run.tokens,
@@ -47,7 +47,7 @@ class TrackingHook(Hook):
             tokens_per_second=self._steps * run.config.tokens_per_step / self._seconds,
             sample_hash=record.fed.sample_hash,
             domain_names=run.stage.names,
-            loss_sums=self._loss_sums,
-            token_counts=self._counts,
-            weights=record.fed.weights / TOTAL,
+            loss_sums=self._loss_sums.tolist(),
+            token_counts=self._counts.tolist(),
+            weights=(record.fed.weights / TOTAL).tolist(),
         )

@@ -1,0 +1,1 @@
+"""Where the build puts the compiled libraries; :mod:`rewarm.native` loads them."""

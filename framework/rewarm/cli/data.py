@@ -1,0 +1,150 @@
+"""``rewarm data``: build, inspect and gather domains."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Turn text into domains, look into them, gather a demo corpus.", no_args_is_help=True)
+
+
+class TextDocument(StrEnum):
+    """What one document of a .txt file is."""
+
+    file = "file"
+    line = "line"
+    blank = "blank"
+
+
+class SpecialTokens(StrEnum):
+    """What becomes of a special token that is spelt out in a text."""
+
+    parse = "parse"
+    text = "text"
+
+
+@app.command(no_args_is_help=True)
+def build(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="INPUT...",
+            help=".txt, .jsonl (both also .gz or .zst), .parquet, a folder of these, or anything the datasets library "
+            "loads: a saved dataset, .json, .csv, or a hub name.",
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Domain folder to make.")],
+    tokenizer: Annotated[Path, typer.Option(help="Folder of a Hugging Face tokenizer or model.")],
+    text_key: Annotated[str, typer.Option(help="Key or column that holds the text.")] = "text",
+    text_document: Annotated[
+        TextDocument, typer.Option(help="One document of a .txt file: all of it, a line, or up to a blank line.")
+    ] = TextDocument.file,
+    held_out: Annotated[float, typer.Option(help="Share of the documents held out, picked by their hash.")] = 0.01,
+    workers: Annotated[int | None, typer.Option(help="Cores to use; all by default.")] = None,
+    tolerance: Annotated[float, typer.Option(help="Largest share of malformed records before it is an error.")] = 0.001,
+    dedup: Annotated[bool, typer.Option(help="Drop exact duplicates; the first one stays.")] = True,
+    subset: Annotated[str | None, typer.Option(help="Subset (configuration) of a hub dataset.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a dataset.")] = "train",
+    end_of_document: Annotated[
+        str | None, typer.Option(help="Token that ends each document; the tokenizer's EOS by default.")
+    ] = None,
+    special_tokens: Annotated[
+        SpecialTokens, typer.Option(help="A special token spelt out in a text: that token, or plain text.")
+    ] = SpecialTokens.parse,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another domain in OUTPUT.")] = False,
+) -> None:
+    """Turn text into a domain: Megatron .bin/.idx files with a held-out split.
+
+    Stopped or killed, the same command goes on where it was. Malformed records are set aside in
+    OUTPUT/rejects.jsonl and named as file:line: why.
+
+    Example: rewarm data build corpus/*.jsonl.zst --output data/mine --tokenizer models/Qwen3-0.6B
+    """
+    from rich.console import Console
+
+    from rewarm.data.build import BuildSettings, build_domain
+    from rewarm.data.summary import build_table, progress_on
+
+    settings = BuildSettings(
+        inputs=tuple(inputs),
+        output=output,
+        tokenizer=tokenizer,
+        text_key=text_key,
+        text_document=text_document.value,
+        subset=subset,
+        split=split,
+        held_out=held_out,
+        tolerance=tolerance,
+        deduplicate=dedup,
+        end_of_document=end_of_document,
+        special_tokens=special_tokens.value,
+        workers=workers,
+        overwrite=overwrite,
+    )
+    console = Console()
+    with progress_on(console, output.name) as on_progress:
+        info, changed = build_domain(settings, on_progress)
+    if not changed:
+        console.print(f"{output} already holds exactly this build; nothing to do.")
+    console.print(build_table(output, info))
+
+
+@app.command(no_args_is_help=True)
+def inspect(
+    path: Annotated[str, typer.Argument(metavar="FOLDER_OR_PREFIX", help="A domain folder, or a bare .bin/.idx pair.")],
+    documents: Annotated[int, typer.Option(min=0, help="Documents to show, evenly over the train split.")] = 3,
+    sequence_length: Annotated[int, typer.Option(min=1, help="Length of the windows that are counted.")] = 4096,
+    tokenizer: Annotated[str | None, typer.Option(help="Folder of the tokenizer of a bare pair.")] = None,
+) -> None:
+    """Show what a domain holds, and the beginnings of a few documents.
+
+    Example: rewarm data inspect data/demo/python --documents 2
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from rewarm.data.summary import inspect_domain
+
+    shown = inspect_domain(path, sequence_length, documents, tokenizer)
+    console = Console()
+    table = Table(show_header=False)
+    for row in shown.rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
+    for sample in shown.samples:
+        console.rule(f"document {sample.document:,}, {sample.num_tokens:,} tokens")
+        console.print(Text(sample.text))
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the tokenizer and domains.")] = Path(
+        "data/demo"
+    ),
+    vocab_size: Annotated[int, typer.Option(help="Entries of the tokenizer.")] = 4096,
+    megabytes: Annotated[float, typer.Option(help="Most text of a domain, in 10^6 bytes.")] = 3.0,
+) -> None:
+    """Gather three small domains of real text that is installed anyway: english, python and cpp.
+
+    English: help topics, package descriptions and docstrings. Python: the standard library. C++: torch's headers.
+    A second call finds that nothing changed.
+
+    Example: rewarm data demo --output data/demo
+    """
+    from rich.console import Console
+
+    from rewarm.data.demo import make_demo
+    from rewarm.data.summary import build_table, progress_on
+
+    console = Console()
+    with progress_on(console, "demo") as on_progress:
+        made = make_demo(output, vocab_size, megabytes, on_progress)
+    if not made.changed:
+        console.print(f"{output} is up to date; nothing to do.")
+    for folder, info in made.domains.values():
+        console.print(build_table(folder, info))
+    console.print(f"tokenizer: {made.tokenizer}")

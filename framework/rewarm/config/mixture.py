@@ -1,0 +1,247 @@
+"""Mixture and replay: which mixer shares the batch among the domains, and its settings."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from rewarm.config.section import Duration, Section
+
+
+class TemperatureConfig(Section):
+    """Weights in proportion to ``tokens ** (1 / temperature)``."""
+
+    temperature: float = Field(5.0, ge=1)
+    """1 is proportional to tokens; the higher, the closer to equal weights. 5 is common, not measured here."""
+    cooldown_at: Duration | None = None
+    """Where in the stage the temperature changes to ``cooldown_temperature``; null means never."""
+    cooldown_temperature: float = Field(1.0, ge=1)
+    """Temperature after ``cooldown_at`` (Li et al. 2024 end at 1)."""
+
+    @model_validator(mode="after")
+    def _check_ignored(self) -> TemperatureConfig:
+        if self.cooldown_at is None and self.cooldown_temperature != 1.0:
+            raise ValueError("cooldown_temperature is ignored without cooldown_at: set where the cooldown begins")
+        return self
+
+
+class UniMaxConfig(Section):
+    """Weights as equal as a cap on repetition allows (Chung et al. 2023)."""
+
+    max_epochs: float = Field(4.0, gt=0)
+    """Most passes over each domain; what a small domain cannot take goes to the larger ones. The paper tries 1 to 10;
+    repeating up to 4 times costs little (Muennighoff et al. 2023)."""
+
+
+class PhaseConfig(Section):
+    """Weights that hold from a trigger on, until another phase begins. Exactly one trigger."""
+
+    weights: dict[str, float]
+    """Weight of every new domain, any positive scale."""
+    at: Duration | None = None
+    """Where in the stage it begins: steps, tokens or a percentage."""
+    learning_rate_fraction: float | None = Field(None, gt=0, lt=1)
+    """It begins when the learning rate has fallen to this fraction of the schedule's peak. 0.2 is the switch of
+    Parmar et al. 2024, "Reuse, Don't Retrain"."""
+    loss_below: dict[str, float] | None = None
+    """It begins at the first evaluation where every domain named here has a held-out loss below its value, in nats
+    per token."""
+
+    @model_validator(mode="after")
+    def _check(self) -> PhaseConfig:
+        triggers = {"at", "learning_rate_fraction", "loss_below"}
+        given = sorted(name for name in triggers if getattr(self, name) is not None)
+        if len(given) != 1:
+            raise ValueError(f"a phase needs exactly one of {sorted(triggers)}; given: {given or 'none'}")
+        check_shares(self.weights, "a phase's weights")
+        return self
+
+
+class PhasedConfig(Section):
+    """Blends one after the other; the first is ``mixture.weights``."""
+
+    phases: list[PhaseConfig] = Field(min_length=1)
+    """The blends that follow."""
+
+
+class _Targets(Section):
+    targets: dict[str, float] | str
+    """Loss that each new domain should reach, in nats per token; or the file that ``rewarm mixture targets`` wrote."""
+
+
+class VelocituneConfig(_Targets):
+    """Weights grow where learning lags behind its target (Luo et al. 2024)."""
+
+    step_size: float = Field(1.0, gt=0)
+    """Factor of the velocities before the exponential; 1 is the paper's rule. The log-ratio of two weights grows by at
+    most this per update, so many updates need a smaller one: keep step_size * updates near 10."""
+    floor: float = Field(0.0, ge=0, lt=1)
+    """Share of the batch that is spread equally whatever the velocities; 0 is the paper's rule."""
+    learned_margin: float = Field(0.0, ge=0)
+    """A domain whose initial loss is at most this far above its target, in nats, counts as learned: velocity 0."""
+
+
+class DynamicBatchLoadingConfig(_Targets):
+    """Weights grow with the excess of the loss over its target (Xia et al. 2023, Sheared LLaMA)."""
+
+    step_size: float = Field(1.0, gt=0)
+    """Factor of the excess losses."""
+    floor: float = Field(1e-4, ge=0, lt=1)
+    """Share of the batch that is spread equally; the default is the published code's."""
+
+
+class ODMConfig(Section):
+    """Online data mixing: a bandit whose reward is the training loss (Albalak et al. 2023)."""
+
+    decay: float = Field(0.9, ge=0, lt=1)
+    """Share of the old reward that each update keeps; second-hand default, scripts with 0.5 exist."""
+    warmup: Duration = "0 steps"
+    """Weights stay until then. The published runs wait 2000 steps (second-hand)."""
+
+
+class ADOConfig(Section):
+    """Adaptive data optimisation: weights from a scaling law of each domain, refitted as it trains (Jiang et al. 2024).
+
+    Defaults are those of the published code.
+    """
+
+    warmup: Duration = "1000 steps"
+    """Weights stay natural until then; the losses before it are left out of the fits."""
+    smoothing: float = Field(0.1, gt=0, le=1)
+    """Weight of the newest preference against the average of all before it."""
+    credit_decay: float = Field(0.9, ge=0, lt=1)
+    """How slowly the credit for data seen recently follows the weights."""
+    credit_power: float = Field(0.5, ge=0)
+    """Exponent of that credit."""
+    floor: float = Field(0.01, ge=0, lt=1)
+    """Smallest share of a domain."""
+
+
+class SkillItConfig(Section):
+    """Weights from recent losses through a graph of which domain helps which (Chen et al. 2023)."""
+
+    graph: dict[str, dict[str, float]]
+    """graph[a][b]: how much training on a lowers the loss on b; pairs that are left out count 0."""
+    step_size: float = Field(0.5, gt=0)
+    """Factor before the exponential; second-hand default, the paper tunes it."""
+    memory: int = Field(3, ge=1)
+    """Evaluations whose losses are summed."""
+
+
+MIXER_SECTIONS = {
+    "temperature": TemperatureConfig,
+    "unimax": UniMaxConfig,
+    "phased": PhasedConfig,
+    "velocitune": VelocituneConfig,
+    "dynamic_batch_loading": DynamicBatchLoadingConfig,
+    "odm": ODMConfig,
+    "ado": ADOConfig,
+    "skill_it": SkillItConfig,
+}
+"""The section of each mixer that has settings."""
+
+CLOSED_LOOP = frozenset({"velocitune", "dynamic_batch_loading", "odm", "ado", "skill_it"})
+"""Mixers that are updated at evaluations."""
+
+
+class MixtureConfig(Section):
+    """How the new domains share the batch. Replay keeps its own fraction beside them."""
+
+    mixer: Literal[
+        "static", "proportional", "temperature", "unimax", "phased",
+        "velocitune", "dynamic_batch_loading", "odm", "ado", "skill_it",
+    ] = "static"  # fmt: skip
+    """static: the given weights. proportional: by each domain's tokens. temperature, unimax: between proportional and
+    equal. phased: one blend after the other. velocitune, dynamic_batch_loading, odm, ado, skill_it: weights that follow
+    the losses, see their sections."""
+    weights: dict[str, float] | None = None
+    """Weight of each domain at the start, any positive scale; null means equal weights (ado: by tokens). Refused by the
+    mixers that compute them: proportional, temperature and unimax."""
+    delay: Duration = "1 steps"
+    """Distance from the evaluation that decides new weights to the first step that uses them; at least the number of
+    steps that are loaded ahead. Closed-loop mixers and loss_below phases only."""
+    temperature: TemperatureConfig | None = None
+    """Settings of mixer temperature."""
+    unimax: UniMaxConfig | None = None
+    """Settings of mixer unimax."""
+    phased: PhasedConfig | None = None
+    """Settings of mixer phased."""
+    velocitune: VelocituneConfig | None = None
+    """Settings of mixer velocitune."""
+    dynamic_batch_loading: DynamicBatchLoadingConfig | None = None
+    """Settings of mixer dynamic_batch_loading."""
+    odm: ODMConfig | None = None
+    """Settings of mixer odm."""
+    ado: ADOConfig | None = None
+    """Settings of mixer ado."""
+    skill_it: SkillItConfig | None = None
+    """Settings of mixer skill_it."""
+
+    @field_validator("weights")
+    @classmethod
+    def _check_weights(cls, weights: dict[str, float] | None) -> dict[str, float] | None:
+        if weights is not None:
+            check_shares(weights, "mixture.weights")
+        return weights
+
+    @model_validator(mode="after")
+    def _check_ignored(self) -> MixtureConfig:
+        if self.mixer in ("proportional", "temperature", "unimax") and self.weights is not None:
+            raise ValueError(f"mixture.weights is ignored by mixture.mixer={self.mixer}: remove one of the two")
+        for name, section in MIXER_SECTIONS.items():
+            if getattr(self, name) is not None and name != self.mixer:
+                raise ValueError(f"mixture.{name} is ignored by mixture.mixer={self.mixer}: remove one of the two")
+            required = [key for key, field in section.model_fields.items() if field.is_required()]
+            if name == self.mixer and getattr(self, name) is None and required:
+                raise ValueError(f"mixture.mixer={name} needs mixture.{name}.{required[0]}")
+        if not self.is_updated and self.delay != type(self).model_fields["delay"].default:
+            raise ValueError(f"mixture.delay is ignored by mixture.mixer={self.mixer}, whose weights are known ahead")
+        return self
+
+    @property
+    def is_updated(self) -> bool:
+        """True if evaluations can change the weights."""
+        return self.mixer in CLOSED_LOOP or any(phase.loss_below for phase in self.phases)
+
+    @property
+    def phases(self) -> list[PhaseConfig]:
+        """The phases of mixer phased; empty under the others."""
+        return self.phased.phases if self.phased is not None else []
+
+    @property
+    def settings(self) -> Section | None:
+        """The section of the chosen mixer, with its defaults where it is not given; None if it has none."""
+        if self.mixer not in MIXER_SECTIONS:
+            return None
+        given: Section | None = getattr(self, self.mixer)
+        return given if given is not None else MIXER_SECTIONS[self.mixer]()
+
+
+class ReplayConfig(Section):
+    """Old domains fed back, so that what the model knows is kept."""
+
+    fraction: float = Field(0.0, ge=0, lt=1)
+    """Share of all sampled windows that comes from the lineage's domains; it replaces new tokens, so the cost
+    of the run does not change (Ibrahim et al. 2024)."""
+    domains: dict[str, float] | None = None
+    """Which domains of the lineage and in which proportion; null means all, by the tokens each was trained on."""
+    paths: dict[str, str] = Field(default_factory=dict)
+    """New place of a lineage domain whose files moved; the content must be the same."""
+
+    @field_validator("domains")
+    @classmethod
+    def _check_domains(cls, domains: dict[str, float] | None) -> dict[str, float] | None:
+        if domains is not None:
+            check_shares(domains, "replay.domains")
+        return domains
+
+
+def check_shares(weights: dict[str, float], where: str) -> None:
+    """Refuse weights by domain that are no mixture; ``where`` names the setting in the message."""
+    for name, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"weight of domain {name!r} in {where} is {weight}: it must be finite and not negative")
+    if sum(weights.values()) <= 0:
+        raise ValueError(f"{where} sum to 0: give at least one domain a positive weight")

@@ -1,0 +1,143 @@
+"""Tokenizing shards in parallel processes."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rewarm.data.parts import EncodeSettings, PartInfo, encode_shard
+from rewarm.data.readers import Shard
+from rewarm.errors import UserError
+
+_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class ShardCounts:
+    """What became of a shard."""
+
+    shard: int
+    """Its place among the shards given."""
+    records: int
+    rejects: int
+    first_rejects: list[tuple[int, str]]
+    """[(line within the shard, why)] of the first malformed records."""
+
+
+def encode_shards(
+    shards: list[Shard], settings: EncodeSettings, folder: Path, workers: int, on_bytes: Callable[[int], None]
+) -> Iterator[ShardCounts]:
+    """Tokenize shards into parts, in any order.
+
+    One process tokenizes on ``workers`` threads; more processes share them evenly. The parts are the same.
+
+    Args:
+        shards: what to read, each once.
+        settings: how to encode.
+        folder: where parts lie.
+        workers: cores to use.
+        on_bytes: told of every piece of input that was read.
+
+    Yields:
+        Each shard's counts as soon as it is done.
+
+    Raises:
+        UserError: if a shard cannot be read, or a worker was killed.
+    """
+    processes = min(workers, len(shards))
+    if processes <= 1:
+        with _tokenizer_threads(workers):
+            for place, shard in enumerate(shards):
+                yield _count(place, encode_shard(shard, settings, folder, on_bytes))
+        return
+    context = multiprocessing.get_context("spawn")
+    counter, stop = context.Value("q", 0), context.Event()
+    with ProcessPoolExecutor(
+        processes, mp_context=context, initializer=_start_worker, initargs=(counter, stop, workers // processes)
+    ) as pool:
+        try:
+            futures = [
+                pool.submit(_encode_in_worker, place, shard, settings, folder) for place, shard in enumerate(shards)
+            ]
+            yield from _drain(set(futures), counter, on_bytes)
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a tokenizing process was killed, most likely because the memory ran out",
+                fix="run the same command again with fewer --workers: what is done is kept",
+            ) from error
+        finally:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _drain(pending: set[Future[ShardCounts]], counter: Any, on_bytes: Callable[[int], None]) -> Iterator[ShardCounts]:
+    told = 0
+    while pending:
+        done, pending = wait(pending, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
+        with counter.get_lock():
+            read = counter.value
+        on_bytes(read - told)
+        told = read
+        for future in done:
+            yield future.result()
+
+
+def _count(place: int, infos: list[PartInfo]) -> ShardCounts:
+    rejects = [(reject.line, reject.why) for info in infos for reject in info.rejects]
+    return ShardCounts(place, sum(info.records for info in infos), len(rejects), rejects[:3])
+
+
+@contextlib.contextmanager
+def _tokenizer_threads(workers: int) -> Iterator[None]:
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if workers > 1 else "false"
+    try:
+        yield
+    finally:
+        del os.environ["TOKENIZERS_PARALLELISM"]
+        if before is not None:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
+
+
+_counter: Any = None
+_stop: Any = None
+
+
+class _Stopped(Exception):
+    """The build ends early; the part in hand is given up."""
+
+
+def _start_worker(counter: Any, stop: Any, threads: int) -> None:
+    global _counter, _stop
+    _counter, _stop = counter, stop
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
+    os.environ["RAYON_NUM_THREADS"] = str(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A parent that is killed cannot tell its workers; they would wait for work for ever.
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _encode_in_worker(place: int, shard: Shard, settings: EncodeSettings, folder: Path) -> ShardCounts:
+    def advance(num_bytes: int) -> None:
+        with _counter.get_lock():
+            _counter.value += num_bytes
+        if _stop.is_set():
+            raise _Stopped
+
+    return _count(place, encode_shard(shard, settings, folder, advance))

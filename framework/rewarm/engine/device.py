@@ -1,0 +1,95 @@
+"""The one place that knows CPU from GPU. Everything else asks here and runs the same code on both."""
+
+from __future__ import annotations
+
+import os
+import resource
+from typing import Any
+
+import torch
+
+
+def is_gpu() -> bool:
+    """True if this machine has a CUDA device that torch can use."""
+    return torch.cuda.is_available()
+
+
+def local_device() -> torch.device:
+    """The device of this rank: the GPU numbered ``LOCAL_RANK``, or the CPU."""
+    if is_gpu():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def activate() -> torch.device:
+    """Make :func:`local_device` the current one and return it."""
+    device = local_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def communication_backend() -> str:
+    """Process-group backend that fits the device."""
+    return "nccl" if is_gpu() else "gloo"
+
+
+def synchronize() -> None:
+    """Wait until the device has done all that was queued."""
+    if is_gpu():
+        torch.cuda.synchronize()
+
+
+def peak_memory() -> int:
+    """Most bytes held so far: allocated on this rank's GPU, or resident in this process on a CPU."""
+    if is_gpu():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def supports_bfloat16() -> bool:
+    """True if bfloat16 arithmetic runs on this device (every CPU can, some slowly; GPUs since Ampere)."""
+    return torch.cuda.is_bf16_supported() if is_gpu() else True
+
+
+def rng_state() -> dict[str, Any]:
+    """Random state of torch on the CPU and, where there is one, on this rank's GPU."""
+    state = {"cpu": torch.get_rng_state()}
+    if is_gpu():
+        state["gpu"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Restore what :func:`rng_state` returned; a GPU state is left alone on a machine without GPU."""
+    torch.set_rng_state(state["cpu"])
+    if is_gpu() and "gpu" in state:
+        torch.cuda.set_rng_state(state["gpu"])
+
+
+# Dense tensor-core throughput of the vendor's data sheets, in FLOP/s; the longest matching name wins.
+_PEAK_FLOPS: dict[str, dict[str, float]] = {
+    "A100": {"bfloat16": 312e12, "float32": 19.5e12},
+    "H100 PCIe": {"bfloat16": 756e12, "float32": 51e12},
+    "H100 NVL": {"bfloat16": 835e12, "float32": 60e12},
+    "H100": {"bfloat16": 989e12, "float32": 67e12},
+    "H200": {"bfloat16": 989e12, "float32": 67e12},
+    "H20": {"bfloat16": 148e12, "float32": 44e12},
+    "B200": {"bfloat16": 2250e12, "float32": 75e12},
+    "L40S": {"bfloat16": 362e12, "float32": 91.6e12},
+}
+
+
+def peak_flops(precision: str, name: str | None = None) -> float | None:
+    """Peak FLOP/s of one device, or None when it is not in the table: an unknown device has no utilisation.
+
+    Args:
+        precision: ``"bfloat16"`` or ``"float32"``.
+        name: a device name as the driver reports it; None means this rank's device.
+    """
+    if name is None:
+        if not is_gpu():
+            return None
+        name = torch.cuda.get_device_name()
+    known = [part for part in _PEAK_FLOPS if all(word in name.replace("-", " ").split() for word in part.split())]
+    return _PEAK_FLOPS[max(known, key=len)][precision] if known else None

@@ -1,0 +1,127 @@
+"""What a parallel layout demands of the model, the batch and the number of ranks.
+
+No torch here: it is also checked before the ranks are started.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rewarm.config.run import RunConfig
+from rewarm.errors import UserError
+from rewarm.model.architecture import Architecture
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A checked layout."""
+
+    tensor: int
+    pipeline: int
+    virtual_pipeline: int
+    data: int
+    num_microbatches: int
+    """Forward passes of one data-parallel rank in one step."""
+
+
+def check_layout(config: RunConfig, architecture: Architecture, world_size: int) -> Layout:
+    """Check that the ranks, the model and the batch divide as ``config.parallel`` wants.
+
+    Args:
+        config: the resolved configuration.
+        architecture: the model, which a parent brings when ``config.model`` is None.
+        world_size: number of ranks.
+
+    Raises:
+        rewarm.errors.UserError: naming the two numbers that do not fit and the setting to change.
+    """
+    _check_model(config, architecture)
+    data = _data_parallel_size(config, world_size)
+    return Layout(
+        tensor=config.parallel.tensor,
+        pipeline=config.parallel.pipeline,
+        virtual_pipeline=config.parallel.virtual_pipeline,
+        data=data,
+        num_microbatches=_check_batch(config, data),
+    )
+
+
+def parameter_count(architecture: Architecture) -> int:
+    """Parameters of the whole model, without padded vocabulary rows; a tied embedding counts once."""
+    a = architecture
+    query, group = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
+    attention = a.hidden_size * (query + 2 * group) + query * a.hidden_size
+    attention += (query + 2 * group) * a.qkv_bias + 2 * a.head_dim * a.qk_norm
+    layer = attention + 3 * a.hidden_size * a.ffn_hidden_size + 2 * a.hidden_size
+    embeddings = a.vocab_size * a.hidden_size * (1 if a.tie_embeddings else 2)
+    return a.num_layers * layer + embeddings + a.hidden_size
+
+
+def _check_model(config: RunConfig, architecture: Architecture) -> None:
+    parallel = config.parallel
+    for name in ("num_attention_heads", "num_key_value_heads", "ffn_hidden_size"):
+        value = getattr(architecture, name)
+        if value % parallel.tensor:
+            raise UserError(
+                f"parallel.tensor={parallel.tensor} does not divide the model's {name}={value}",
+                fix=f"set parallel.tensor to a divisor of {value}",
+            )
+    stages = parallel.pipeline * parallel.virtual_pipeline
+    if architecture.num_layers % stages:
+        setting = f"parallel.pipeline={parallel.pipeline}"
+        if parallel.virtual_pipeline > 1:
+            setting += f" times parallel.virtual_pipeline={parallel.virtual_pipeline}"
+        raise UserError(
+            f"{setting} does not divide the model's num_layers={architecture.num_layers}",
+            fix=f"choose stages whose number divides {architecture.num_layers}",
+        )
+    if architecture.head_dim % 2:
+        raise UserError(
+            f"head_dim={architecture.head_dim} is odd; rotary positions turn pairs of channels",
+            fix="set an even model.head_dim",
+        )
+    if config.batch.sequence_length > architecture.max_position_embeddings:
+        raise UserError(
+            f"batch.sequence_length={config.batch.sequence_length} is above the model's "
+            f"max_position_embeddings={architecture.max_position_embeddings}",
+            fix=f"set batch.sequence_length to at most {architecture.max_position_embeddings}",
+        )
+
+
+def _data_parallel_size(config: RunConfig, world_size: int) -> int:
+    parallel = config.parallel
+    model_ranks = parallel.model_ranks
+    product = f"parallel.tensor={parallel.tensor} times parallel.pipeline={parallel.pipeline}"
+    if world_size % model_ranks:
+        raise UserError(
+            f"{world_size} ranks cannot be shared by {product} = {model_ranks} ranks per model copy",
+            fix=f"start a multiple of {model_ranks} ranks, or change parallel.tensor or parallel.pipeline",
+        )
+    data = world_size // model_ranks
+    if parallel.data not in ("auto", data):
+        raise UserError(
+            f"{product} times parallel.data={parallel.data} needs {model_ranks * int(parallel.data)} ranks, "
+            f"but {world_size} were started",
+            fix=f"start {model_ranks * int(parallel.data)} ranks or set parallel.data=auto",
+        )
+    return data
+
+
+def _check_batch(config: RunConfig, data: int) -> int:
+    batch, parallel = config.batch, config.parallel
+    share = data * batch.micro_batch_size
+    if batch.global_batch_size % share:
+        raise UserError(
+            f"batch.global_batch_size={batch.global_batch_size} is not a multiple of "
+            f"{data} data-parallel ranks times batch.micro_batch_size={batch.micro_batch_size} = {share}",
+            fix=f"set batch.global_batch_size to a multiple of {share}, or a smaller batch.micro_batch_size",
+        )
+    num_microbatches = batch.global_batch_size // share
+    if parallel.virtual_pipeline > 1 and num_microbatches % parallel.pipeline:
+        raise UserError(
+            f"the interleaved schedule needs the {num_microbatches} micro-batches of a rank to be a multiple of "
+            f"parallel.pipeline={parallel.pipeline}",
+            fix=f"set batch.global_batch_size to a multiple of {share * parallel.pipeline}, "
+            "or parallel.virtual_pipeline=1",
+        )
+    return num_microbatches

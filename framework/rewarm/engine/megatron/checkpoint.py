@@ -1,0 +1,149 @@
+"""Sharded checkpoints in Megatron-Core's format, written in this process and failing on every rank or on none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
+from torch.distributed.checkpoint import save as save_sharded
+
+from rewarm.engine import ranks
+from rewarm.engine.megatron.optimizer import Optimizer
+from rewarm.engine.megatron.transformer import Decoder
+from rewarm.errors import UserError
+from rewarm.model.architecture import Architecture
+
+_FORMAT = CheckpointingConfig("torch_dist", 1)
+
+
+def _metadata() -> dict[str, Any]:
+    return {
+        # Any layout can load it; the moments of a data-parallel group meet on its first rank only.
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def _model_state(chunks: Sequence[Decoder]) -> dict[str, Any]:
+    names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
+    return {name: chunk.sharded_state_dict(metadata=_metadata()) for name, chunk in zip(names, chunks, strict=True)}
+
+
+def save(folder: Path, architecture: Architecture, chunks: Sequence[Decoder], optimizer: Optimizer | None) -> None:
+    """Write into an existing empty folder. Collective.
+
+    Raises:
+        OSError: on every rank, if one of them could not write.
+    """
+    state = _model_state(chunks)
+    if optimizer is not None:
+        moments = optimizer.sharded.sharded_state_dict(state, metadata=_metadata())
+        if moments["param_state"] is None:
+            del moments["param_state"]  # only the first rank of a data-parallel group holds it
+        state["optimizer"] = moments
+    state["rewarm"] = {"architecture": architecture.to_dict(), "optimizer": optimizer is not None}
+    sharded, common = save_preprocess(state, preprocess_common_before_consistancy_check=_same_on_all_ranks)
+    _together(lambda: TorchCommonSaveStrategy("torch", 1).save_common(common, folder))
+    flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)
+    try:
+        # torch's own writer: Megatron-Core's starts a manager and a worker process for each save.
+        save_sharded(
+            mcore_to_pyt_state_dict(flat, False),
+            storage_writer=FileSystemWriter(folder, thread_count=1),
+            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        )
+    except CheckpointException as failure:
+        raise _first_failure(failure) from failure
+    _together(lambda: save_config(_FORMAT, str(folder)) if dist.get_rank() == 0 else None)
+
+
+def _same_on_all_ranks(common: dict[str, Any]) -> dict[str, Any]:
+    """What all ranks agree on; the skeleton of the moments is only on the first rank of a data-parallel group."""
+    return {"rewarm": common["rewarm"]}
+
+
+def _together(action: Callable[[], Any]) -> None:
+    error: Exception | None = None
+    try:
+        action()
+    except Exception as caught:
+        error = caught
+    ranks.raise_on_every_rank(error)
+
+
+def _first_failure(failure: CheckpointException) -> Exception:
+    """torch's collection of failures as one ordinary exception; an ``OSError`` keeps its errno."""
+    rank, (error, _) = min(failure.failures.items())
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(cause, OSError):
+        return OSError(cause.errno, cause.strerror or str(cause), cause.filename)
+    return RuntimeError(f"rank {rank} could not write the checkpoint: {type(error).__name__}: {error}")
+
+
+def load(folder: Path, architecture: Architecture, chunks: Sequence[Decoder], optimizer: Optimizer | None) -> None:
+    """Read what :func:`save` wrote, on this or another layout. Collective.
+
+    Raises:
+        UserError: if the folder is no such checkpoint, holds another model, or lacks the optimizer's state.
+    """
+    _together(lambda: _check(folder, architecture, optimizer is not None))
+    state = _model_state(chunks)
+    request = dict(state)
+    if optimizer is not None:
+        request["optimizer"] = optimizer.sharded.sharded_state_dict(state, is_loading=True, metadata=_metadata())
+    error: Exception | None = None
+    try:
+        loaded = dist_checkpointing.load(request, str(folder))
+    except CheckpointException as failure:
+        error = UserError(f"the checkpoint {folder} cannot be read: {_first_failure(failure)}")
+    except (CheckpointingException, KeyError, EOFError, OSError, RuntimeError) as failure:
+        error = UserError(f"the checkpoint {folder} cannot be read: {type(failure).__name__}: {failure}")
+    ranks.raise_on_every_rank(error)
+    for name, chunk in zip(state, chunks, strict=True):
+        chunk.load_state_dict(loaded[name])
+    if optimizer is None:
+        return
+    with torch.no_grad():
+        optimizer.sharded.load_state_dict(loaded["optimizer"])
+    optimizer.apply_settings()
+
+
+def _check(folder: Path, architecture: Architecture, need_optimizer: bool) -> None:
+    try:
+        common = dist_checkpointing.load_common_state_dict(str(folder))["rewarm"]
+    except (CheckpointingException, OSError, KeyError, EOFError, RuntimeError) as failure:
+        raise UserError(
+            f"{folder} is not a readable checkpoint of the megatron engine: {failure}",
+            fix="name a folder that holds metadata.json and common.pt, written by this engine",
+        ) from failure
+    found, expected = common["architecture"], architecture.to_dict()
+    for name, value in expected.items():
+        # None of them changes a weight or its shape.
+        if name in ("initializer_range", "max_position_embeddings", "huggingface_config"):
+            continue
+        if found.get(name) != value:
+            raise UserError(
+                f"the checkpoint {folder} holds another model: {name}={found.get(name)}, expected {value}",
+                fix="continue from a run of the same model",
+            )
+    if need_optimizer and not common["optimizer"]:
+        raise UserError(
+            f"the checkpoint {folder} was saved without the optimizer's state",
+            fix="set optimizer_state=reset, or name a checkpoint that has it",
+        )

@@ -1,0 +1,274 @@
+"""The engine on Megatron-Core."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+
+from rewarm.config.run import RunConfig
+from rewarm.engine import device, layout, ranks
+from rewarm.engine.base import Batch, Engine, StepResult
+from rewarm.engine.megatron import checkpoint, schedule
+from rewarm.engine.megatron.initialize import initialize
+from rewarm.engine.megatron.optimizer import Optimizer
+from rewarm.engine.megatron.transformer import Decoder, DecoderConfig, build_chunks, decoder_config
+from rewarm.model.architecture import Architecture
+
+
+class MegatronEngine(Engine):
+    """One model over all ranks; see :class:`~rewarm.engine.base.Engine` for the contract.
+
+    Attributes:
+        chunks: this rank's parts of the model, one per virtual pipeline stage, with Megatron-Core's parameter names.
+        architecture: the model's shape.
+    """
+
+    def __init__(self, config: RunConfig, architecture: Architecture, domain_names: Sequence[str]) -> None:
+        ranks.join(config.distributed.timeout)
+        self.layout = layout.check_layout(config, architecture, dist.get_world_size())
+        self.config, self.architecture = config, architecture
+        self._num_domains = len(domain_names)
+        self._device = device.activate()
+        self._join_parallel_groups()
+        self._decoder = decoder_config(config, architecture)
+        self.chunks: list[Decoder] = build_chunks(config, architecture, self._decoder)
+        if config.parent is None:
+            initialize(self.chunks, architecture, config.seed)
+        self._wrapped = self._wrap(self.chunks)
+        self._optimizer = Optimizer(config.optimizer, self._wrapped, self._decoder.bf16)
+
+    def _join_parallel_groups(self) -> None:
+        parallel = self.config.parallel
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=self.layout.virtual_pipeline if self._interleaved else None,
+        )
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.data_parallel_rank = parallel_state.get_data_parallel_rank()
+        self.data_parallel_size = self.layout.data
+        # The rank of each model copy that knows its losses and speaks for it in sums over all ranks.
+        self._reports = (
+            parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+            and parallel_state.get_tensor_model_parallel_rank() == 0
+        )
+        torch.manual_seed(self.config.seed)
+        tensor_parallel.model_parallel_cuda_manual_seed(self.config.seed % 2**31)
+
+    @property
+    def _interleaved(self) -> bool:
+        return self.layout.virtual_pipeline > 1
+
+    def _wrap(self, chunks: Sequence[Decoder]) -> list[DistributedDataParallel]:
+        overlap = self.config.megatron.overlap_communication and self.layout.data > 1
+        settings = DistributedDataParallelConfig(
+            use_distributed_optimizer=True,
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=overlap,
+            overlap_param_gather=overlap,
+        )
+        wrapped = [
+            DistributedDataParallel(self._decoder, settings, chunk, disable_bucketing=index > 0)
+            for index, chunk in enumerate(chunks)
+        ]
+        self._decoder.finalize_model_grads_func = _finalize
+        if overlap:
+            _hook_overlap(self._decoder, wrapped)
+        return wrapped
+
+    def train_step(self, batch: Batch, learning_rate: float) -> StepResult:
+        """See :meth:`Engine.train_step`."""
+        sums, counts = self._forward_backward(batch)
+        norm, updated = self._optimizer.step(learning_rate)
+        return StepResult(sums, counts, norm, skipped=not updated)
+
+    def dry_run(self, batch: Batch) -> None:
+        """See :meth:`Engine.dry_run`."""
+        state = self.rng_state()
+        self._forward_backward(batch)
+        for chunk in self._wrapped:
+            chunk.zero_grad_buffer()
+        self.set_rng_state(state)
+
+    def _forward_backward(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        """Loss sums and token counts per domain over all ranks; gradients lie reduced in the buffers."""
+        counts = self._token_counts(batch)
+        for chunk in self._wrapped:
+            chunk.zero_grad_buffer()
+        batches = schedule.split(batch.tokens, batch.loss_mask, self.config.batch.micro_batch_size)
+        losses = schedule.train(self._wrapped, batches, max(1, int(counts.sum())))
+        sums: np.ndarray = np.zeros(self._num_domains)
+        if self._reports:
+            windows = torch.cat(losses).cpu().numpy()
+            sums = np.bincount(batch.domains, weights=windows, minlength=self._num_domains)
+        return self._sum(sums), counts
+
+    def _token_counts(self, batch: Batch) -> np.ndarray:
+        length = batch.tokens.shape[1] - 1
+        per_window = np.full(len(batch.tokens), length) if batch.loss_mask is None else batch.loss_mask.sum(axis=1)
+        counts = np.bincount(batch.domains, weights=per_window, minlength=self._num_domains)
+        return self._sum(counts if self._reports else np.zeros(self._num_domains)).astype(np.int64)
+
+    def _sum(self, values: np.ndarray) -> np.ndarray:
+        """Sum over all ranks, in float64."""
+        if self.world_size == 1:
+            return values.astype(np.float64)
+        return ranks.sum_over_ranks(torch.from_numpy(values).to(self._device, torch.float64)).cpu().numpy()
+
+    def evaluate(self, tokens: np.ndarray, micro_batch_size: int) -> np.ndarray:
+        """See :meth:`Engine.evaluate`."""
+        starts = range(self.data_parallel_rank * micro_batch_size, len(tokens), micro_batch_size * self.layout.data)
+        spans = [np.arange(start, min(start + micro_batch_size, len(tokens))) for start in starts]
+        sums = np.zeros(len(tokens))
+        if not spans:
+            with self._evaluation():
+                return self._sum(sums)
+        # Every pass has the same shape and, interleaved, their number is a multiple of the stages: the last window
+        # and the last micro-batch are repeated, their results dropped.
+        padded = [np.resize(span, micro_batch_size) for span in spans]
+        if self._interleaved:
+            padded += [padded[-1]] * (-len(padded) % self.layout.pipeline)
+        batches = [schedule.split(tokens[span], None, micro_batch_size)[0] for span in padded]
+        with self._evaluation():
+            outputs = schedule.forward(self.chunks, batches)
+        if self._reports:
+            for span, losses in zip(spans, outputs, strict=False):
+                sums[span] = schedule.window_losses(losses, None)[: len(span)].cpu().numpy()
+        return self._sum(sums)
+
+    def next_token_logits(self, tokens: np.ndarray) -> np.ndarray:
+        """See :meth:`Engine.next_token_logits`."""
+        last = len(tokens) - 1
+        # Sequence parallelism splits the sequence evenly; what follows the last token cannot be seen from it.
+        fill = -len(tokens) % self.layout.tensor if self.config.parallel.sequence else 0
+        inputs = torch.from_numpy(np.pad(tokens, (0, fill))[None]).to(self._device)
+        passes = self.layout.pipeline if self._interleaved else 1
+        with self._evaluation():
+            outputs = schedule.forward(self.chunks, [schedule.MicroBatch(inputs, None, None)] * passes)
+        padded = self.architecture.padded_vocab_size(self.config.megatron.vocab_divisor, self.layout.tensor)
+        logits = torch.zeros(padded, device=self._device)
+        if outputs and self.data_parallel_rank == 0:
+            width = outputs[0].shape[-1]
+            start = parallel_state.get_tensor_model_parallel_rank() * width
+            logits[start : start + width] = outputs[0][0, last].float()
+        return ranks.sum_over_ranks(logits)[: self.architecture.vocab_size].cpu().numpy()
+
+    @contextmanager
+    def _evaluation(self) -> Iterator[None]:
+        self._gather_parameters()
+        for chunk in self.chunks:
+            chunk.eval()
+        try:
+            yield
+        finally:
+            for chunk in self.chunks:
+                chunk.train()
+
+    def _gather_parameters(self) -> None:
+        """Finish the gathering of updated parameters that an overlapped step leaves to the next forward pass."""
+        for chunk in self._wrapped:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
+    def save(self, folder: Path, *, optimizer: bool = True) -> None:
+        """See :meth:`Engine.save`."""
+        self._gather_parameters()
+        checkpoint.save(folder, self.architecture, self.chunks, self._optimizer if optimizer else None)
+
+    def load(self, folder: Path, *, optimizer: bool = True) -> None:
+        """See :meth:`Engine.load`."""
+        checkpoint.load(folder, self.architecture, self.chunks, self._optimizer if optimizer else None)
+        if not optimizer:
+            self._optimizer.weights_changed()
+
+    def import_huggingface(self, folder: Path) -> None:
+        """See :meth:`Engine.import_huggingface`."""
+        from rewarm.engine.megatron.weights import import_weights
+
+        import_weights(self.chunks, self.architecture, folder)
+        self._optimizer.weights_changed()
+
+    def export_huggingface(
+        self,
+        folder: Path,
+        *,
+        tokenizer: Path | None,
+        lineage: Path | None = None,
+        dtype: str = "float32",
+        replace: bool = False,
+    ) -> None:
+        """See :meth:`Engine.export_huggingface`."""
+        from rewarm.engine.megatron.weights import export_model
+
+        self._gather_parameters()
+        export_model(
+            self.chunks,
+            self.architecture,
+            folder,
+            getattr(torch, dtype),
+            tokenizer=tokenizer,
+            lineage=lineage,
+            replace=replace,
+        )
+
+    def rng_state(self) -> Any:
+        """See :meth:`Engine.rng_state`."""
+        return {"device": device.rng_state(), "tracker": tensor_parallel.get_cuda_rng_tracker().get_states()}
+
+    def set_rng_state(self, state: Any) -> None:
+        """See :meth:`Engine.set_rng_state`."""
+        device.set_rng_state(state["device"])
+        tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
+
+    def parameter_count(self) -> int:
+        """See :meth:`Engine.parameter_count`."""
+        return layout.parameter_count(self.architecture)
+
+    def any_rank(self, flag: bool) -> bool:
+        """See :meth:`Engine.any_rank`."""
+        return ranks.any_rank(flag)
+
+    def barrier(self) -> None:
+        """See :meth:`Engine.barrier`."""
+        dist.barrier()
+
+    def broadcast(self, value: Any) -> Any:
+        """See :meth:`Engine.broadcast`."""
+        return ranks.broadcast(value)
+
+    def gather(self, value: Any) -> list[Any]:
+        """See :meth:`Engine.gather`."""
+        return ranks.gather(value)
+
+    def close(self) -> None:
+        """See :meth:`Engine.close`."""
+        parallel_state.destroy_model_parallel()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _finalize(chunks: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
+    """Reduce the gradients. The loss was divided by the tokens of the global batch: no scaling is left to do."""
+    finalize_model_grads(chunks, None, **kwargs)
+
+
+def _hook_overlap(decoder: DecoderConfig, wrapped: Sequence[DistributedDataParallel]) -> None:
+    """Tell the schedules when gradients may be reduced and parameters gathered."""
+    if len(wrapped) == 1:
+        decoder.no_sync_func = wrapped[0].no_sync
+        return
+    decoder.no_sync_func = [chunk.no_sync for chunk in wrapped]
+    decoder.grad_sync_func = [chunk.start_grad_sync for chunk in wrapped]
+    decoder.param_sync_func = [chunk.start_param_sync for chunk in wrapped]

@@ -1,0 +1,381 @@
+"""Hugging Face tensors to the shards of live Megatron-Core chunks and back, one parameter at a time.
+
+Megatron joins what Hugging Face keeps apart: query, key and value interleaved by key-value group, gate and up
+projections one above the other; and it cuts the result over the tensor ranks: by rows (embedding, output, qkv, gate
+and up, each half on its own) or by columns (attention output, down projection).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from rewarm.engine import ranks
+from rewarm.errors import UserError
+from rewarm.model.architecture import Architecture
+from rewarm.model.files import carry_files, written_aside
+from rewarm.model.huggingface import config_for_huggingface
+from rewarm.model.safetensors_io import TensorFolder, TensorWriter
+from rewarm.model.tensors import EMBEDDING, FINAL_NORM, OUTPUT, layer_prefix, open_weights, tensor_shapes
+
+_T = TypeVar("_T")
+_DISK = "check the permissions and the free space"
+
+_Split = Literal["whole", "vocabulary", "columns", "qkv", "gate_up"]
+
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_LAYER: dict[str, tuple[_Split, tuple[str, ...]]] = {
+    "input_layernorm.weight": ("whole", ("input_layernorm.weight",)),
+    "self_attention.linear_qkv.layer_norm_weight": ("whole", ("input_layernorm.weight",)),
+    "self_attention.linear_qkv.weight": ("qkv", tuple(f"{name}.weight" for name in _QKV)),
+    "self_attention.linear_qkv.bias": ("qkv", tuple(f"{name}.bias" for name in _QKV)),
+    "self_attention.q_layernorm.weight": ("whole", ("self_attn.q_norm.weight",)),
+    "self_attention.k_layernorm.weight": ("whole", ("self_attn.k_norm.weight",)),
+    "self_attention.linear_proj.weight": ("columns", ("self_attn.o_proj.weight",)),
+    "pre_mlp_layernorm.weight": ("whole", ("post_attention_layernorm.weight",)),
+    "mlp.linear_fc1.layer_norm_weight": ("whole", ("post_attention_layernorm.weight",)),
+    "mlp.linear_fc1.weight": ("gate_up", ("mlp.gate_proj.weight", "mlp.up_proj.weight")),
+    "mlp.linear_fc2.weight": ("columns", ("mlp.down_proj.weight",)),
+}
+"""Megatron's names inside a layer; Transformer Engine's fused modules keep their norms under other names."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """What one Megatron parameter is made of, and how it is cut over the tensor ranks."""
+
+    split: _Split
+    names: tuple[str, ...]
+
+
+def import_weights(chunks: Sequence[torch.nn.Module], architecture: Architecture, folder: str | Path) -> None:
+    """Fill live Megatron chunks from a Hugging Face folder; each rank reads only the rows and columns it holds.
+
+    Values are converted to the type of the parameters; rows that pad the vocabulary become 0. With fp32 main
+    parameters the optimizer must copy them from the model afterwards (``reload_model_params``). No collective.
+
+    Args:
+        chunks: this rank's GPTModel chunks, wrapped or not, in the order of the virtual pipeline.
+        architecture: what they were built from.
+        folder: config.json and safetensors.
+
+    Raises:
+        UserError: the same on every rank, if the folder's tensors are not exactly the architecture's.
+    """
+    from megatron.core import parallel_state
+
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    filled: set[str] = set()
+    with open_weights(folder, architecture) as weights, torch.no_grad():
+        for place, parameter in _places(chunks, architecture):
+            shard = _read_shard(weights, place, parameter, architecture, rank, size)
+            assert shard.shape == parameter.shape, (place.names, tuple(shard.shape), tuple(parameter.shape))
+            parameter.copy_(shard)
+            filled.update(place.names)
+    missing = _local_names(chunks, architecture) - filled
+    assert not missing, f"the model has no parameter for {sorted(missing)[:3]}"
+
+
+def export_weights(
+    chunks: Sequence[torch.nn.Module], architecture: Architecture, folder: str | Path, dtype: torch.dtype
+) -> None:
+    """Write the model as sharded safetensors in Hugging Face's names. Collective.
+
+    One parameter at a time is gathered over the tensor ranks of its pipeline stage, sent to rank 0 and written
+    straight to its place, so that no device and no host ever holds more than one whole parameter. Model parameters
+    are exported: in a bfloat16 run those are the rounded copies of the fp32 main parameters that the forward pass
+    uses, whatever ``dtype`` is.
+
+    Args:
+        chunks: as for :func:`import_weights`.
+        architecture: what they were built from.
+        folder: an existing folder; only rank 0's is used.
+        dtype: ``torch.float32`` or ``torch.bfloat16``, of the tensors written.
+
+    Raises:
+        UserError: on every rank, if rank 0 cannot write.
+    """
+    problem = _stream(chunks, architecture, Path(folder), dtype) if _in_first_replica() else None
+    ranks.raise_on_every_rank(None if problem is None else UserError(problem, fix=_DISK))
+
+
+def export_model(
+    chunks: Sequence[torch.nn.Module],
+    architecture: Architecture,
+    folder: str | Path,
+    dtype: torch.dtype,
+    *,
+    tokenizer: Path | None = None,
+    lineage: Path | None = None,
+    replace: bool = False,
+) -> None:
+    """Write a whole Hugging Face folder, which takes its name only when everything in it is on the disk. Collective.
+
+    Args:
+        chunks: as for :func:`import_weights`.
+        architecture: what they were built from.
+        folder: the name it gets; only rank 0's disk is used.
+        dtype: as for :func:`export_weights`.
+        tokenizer: a folder whose tokenizer, generation and licence files go along; None means none.
+        lineage: the lineage.json that goes along, so that a stage which continues the export knows its ancestors.
+        replace: take the place of what is there, instead of refusing.
+
+    Raises:
+        UserError: on every rank, if the folder exists or cannot be written.
+    """
+    with ExitStack() as stack:  # on an error the half-written folder goes
+
+        def begin() -> Path:
+            aside = stack.enter_context(written_aside(folder, replace=replace))
+            config = config_for_huggingface(architecture, str(dtype).removeprefix("torch."))
+            (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            if tokenizer is not None:
+                carry_files(tokenizer, aside)
+            if lineage is not None:
+                shutil.copyfile(lineage, aside / "lineage.json")
+            return aside
+
+        aside = _on_main(begin)
+        export_weights(chunks, architecture, aside or folder, dtype)
+        _on_main(stack.close)
+
+
+def _on_main(action: Callable[[], _T]) -> _T | None:
+    """What the action returns on rank 0, None elsewhere; what it raises, raised on every rank. Collective."""
+    value: _T | None = None
+    error: UserError | None = None
+    if dist.get_rank() == 0:
+        try:
+            value = action()
+        except UserError as problem:
+            error = problem
+        except OSError as problem:
+            error = UserError(f"cannot write {problem.filename}: {problem.strerror or problem}", fix=_DISK)
+    ranks.raise_on_every_rank(error)
+    return value
+
+
+class _Sink:
+    """A :class:`TensorWriter` on rank 0 and nothing elsewhere, that remembers what went wrong instead of raising.
+
+    A full disk must not leave the other ranks waiting, so everything is still received after an error.
+    """
+
+    def __init__(self, architecture: Architecture, folder: Path, dtype: torch.dtype) -> None:
+        self.problem: str | None = None
+        self._folder = folder
+        self._writer: TensorWriter | None = None
+        if dist.get_rank() == 0:
+            with self._remembering():
+                self._writer = TensorWriter(folder, tensor_shapes(architecture), dtype)
+
+    def write(self, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> None:
+        with self._remembering():
+            for name, tensor in zip(names, tensors, strict=True):
+                if self._writer is not None and self.problem is None:
+                    self._writer.write(name, tensor)
+
+    def close(self) -> str | None:
+        with self._remembering():
+            if self._writer is not None and self.problem is None:
+                self._writer.close()
+        return self.problem
+
+    @contextmanager
+    def _remembering(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.problem = f"cannot write the weights into {self._folder}: {error.strerror or error}"
+
+
+def _stream(
+    chunks: Sequence[torch.nn.Module], architecture: Architecture, folder: Path, dtype: torch.dtype
+) -> str | None:
+    """Bring every parameter to rank 0 and write it there; returns what went wrong with the files, if anything."""
+    from megatron.core import parallel_state
+
+    local = {place: parameter.detach() for place, parameter in _places(chunks, architecture)}
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    stages: list[Any] = [None] * dist.get_world_size(pipeline)
+    dist.all_gather_object(stages, [(place, _whole_shape(place, p)) for place, p in local.items()], group=pipeline)
+    some = next(iter(local.values()))
+    sink, seen = _Sink(architecture, folder, dtype), set()
+    for stage, places in enumerate(stages):
+        for place, shape in places:
+            if place.names in seen:  # the last stage's copy of a tied embedding
+                continue
+            seen.add(place.names)
+            whole = _gather(local[place], place) if stage == dist.get_rank(pipeline) else None
+            if stage > 0:
+                whole = _send_to_first_stage(whole, stage, shape, some)
+            if whole is not None:
+                sink.write(place.names, _take_apart(whole, place, architecture))
+    return sink.close()
+
+
+def _gather(parameter: torch.Tensor, place: _Place) -> torch.Tensor | None:
+    """The shards of all tensor ranks as one parameter, on the first of them; None on the others."""
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_tensor_model_parallel_group()
+    leads = dist.get_rank(group) == 0
+    if place.split == "whole" or dist.get_world_size(group) == 1:
+        return parameter if leads else None
+    shards = [torch.empty_like(parameter) for _ in range(dist.get_world_size(group))] if leads else None
+    dist.gather(parameter.contiguous(), shards, dst=dist.get_global_rank(group, 0), group=group)
+    if shards is None:
+        return None
+    if place.split == "gate_up":
+        halves = [shard.chunk(2) for shard in shards]
+        return torch.cat([gate for gate, _ in halves] + [up for _, up in halves])
+    return torch.cat(shards, dim=1 if place.split == "columns" else 0)
+
+
+def _whole_shape(place: _Place, parameter: torch.Tensor) -> tuple[int, ...]:
+    from megatron.core import parallel_state
+
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    shape = tuple(parameter.shape)
+    if place.split == "whole":
+        return shape
+    return (shape[0], shape[1] * size) if place.split == "columns" else (shape[0] * size, *shape[1:])
+
+
+def _send_to_first_stage(
+    whole: torch.Tensor | None, stage: int, shape: tuple[int, ...], like: torch.Tensor
+) -> torch.Tensor | None:
+    """Move a gathered parameter of a later stage to rank 0; None on every other rank."""
+    from megatron.core import parallel_state
+
+    if parallel_state.get_tensor_model_parallel_rank() != 0:
+        return None
+    group = parallel_state.get_pipeline_model_parallel_group()
+    first, source = dist.get_global_rank(group, 0), dist.get_global_rank(group, stage)
+    if whole is not None:
+        dist.send(whole.contiguous(), dst=first, group=group)
+        return None
+    if dist.get_rank() != first:
+        return None
+    received = torch.empty(shape, dtype=like.dtype, device=like.device)
+    dist.recv(received, src=source, group=group)
+    return received
+
+
+def _take_apart(whole: torch.Tensor, place: _Place, architecture: Architecture) -> list[torch.Tensor]:
+    """A whole Megatron parameter as the Hugging Face tensors it is made of."""
+    if place.split == "vocabulary":
+        return [whole[: architecture.vocab_size]]
+    if place.split == "gate_up":
+        return list(whole.chunk(2))
+    if place.split == "qkv":
+        per_group = architecture.num_attention_heads // architecture.num_key_value_heads
+        rest = whole.shape[1:]
+        grouped = whole.view(architecture.num_key_value_heads, per_group + 2, architecture.head_dim, *rest)
+        return [part.reshape(-1, *rest) for part in grouped.split([per_group, 1, 1], dim=1)]
+    return [whole]
+
+
+def _read_shard(
+    weights: TensorFolder,
+    place: _Place,
+    parameter: torch.Tensor,
+    architecture: Architecture,
+    rank: int,
+    size: int,
+) -> torch.Tensor:
+    """One tensor rank's shard of a parameter, [as the parameter], in the type it is stored in."""
+    if place.split == "whole":
+        return weights.read(place.names[0])
+    if place.split == "columns":
+        width = parameter.shape[1]
+        return weights.read(place.names[0], columns=slice(rank * width, (rank + 1) * width))
+    rows = parameter.shape[0]
+    if place.split == "gate_up":
+        half = slice(rank * rows // 2, (rank + 1) * rows // 2)
+        return torch.cat([weights.read(name, half) for name in place.names])
+    if place.split == "qkv":
+        return _read_qkv(weights, place, rows, architecture, rank)
+    start = min(rank * rows, architecture.vocab_size)
+    stop = min(start + rows, architecture.vocab_size)
+    read = weights.read(place.names[0], slice(start, stop))
+    return torch.cat([read, read.new_zeros(rows - (stop - start), read.shape[1])])
+
+
+def _read_qkv(weights: TensorFolder, place: _Place, rows: int, architecture: Architecture, rank: int) -> torch.Tensor:
+    """Rows ``[rank * rows, (rank + 1) * rows)`` of query, key and value interleaved by group.
+
+    With more tensor ranks than groups a shard ends inside a group; then the groups it touches are read.
+    """
+    head = architecture.head_dim
+    per_group = architecture.num_attention_heads // architecture.num_key_value_heads
+    group_rows = (per_group + 2) * head
+    first, last = rank * rows // group_rows, -(-(rank + 1) * rows // group_rows)
+    parts = []
+    for name, heads in zip(place.names, (per_group, 1, 1), strict=True):
+        part = weights.read(name, slice(first * heads * head, last * heads * head))
+        parts.append(part.view(last - first, heads * head, *part.shape[1:]))
+    joined = torch.cat(parts, dim=1).flatten(0, 1)
+    start = rank * rows - first * group_rows
+    return joined[start : start + rows]
+
+
+def _places(
+    chunks: Sequence[torch.nn.Module], architecture: Architecture
+) -> Iterator[tuple[_Place, torch.nn.Parameter]]:
+    """Every local parameter with what it is made of."""
+    for chunk in _unwrapped(chunks):
+        for name, parameter in chunk.named_parameters():
+            yield _place(chunk, name, architecture), parameter
+
+
+def _place(chunk: Any, name: str, architecture: Architecture) -> _Place:
+    if name == "embedding.word_embeddings.weight":
+        return _Place("vocabulary", (EMBEDDING,))
+    if name == "output_layer.weight":
+        return _Place("vocabulary", (EMBEDDING if architecture.tie_embeddings else OUTPUT,))
+    if name == "decoder.final_layernorm.weight":
+        return _Place("whole", (FINAL_NORM,))
+    match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
+    assert match is not None and match.group(2) in _LAYER, f"no Hugging Face tensor is known for parameter {name}"
+    split, names = _LAYER[match.group(2)]
+    prefix = layer_prefix(chunk.decoder.layers[int(match.group(1))].layer_number - 1)
+    return _Place(split, tuple(prefix + part for part in names))
+
+
+def _local_names(chunks: Sequence[torch.nn.Module], architecture: Architecture) -> set[str]:
+    """Hugging Face tensors that belong on this rank, counted from the architecture and not from the parameters."""
+    names: set[str] = set()
+    every = list(tensor_shapes(architecture))
+    for chunk in _unwrapped(chunks):
+        if chunk.pre_process:
+            names.add(EMBEDDING)
+        if chunk.post_process:
+            names |= {FINAL_NORM, EMBEDDING if architecture.tie_embeddings else OUTPUT}
+        for layer in chunk.decoder.layers:
+            prefix = layer_prefix(layer.layer_number - 1)
+            names |= {name for name in every if name.startswith(prefix)}
+    return names
+
+
+def _unwrapped(chunks: Sequence[torch.nn.Module]) -> list[Any]:
+    from megatron.core.utils import unwrap_model
+
+    return list(unwrap_model(list(chunks)))
+
+
+def _in_first_replica() -> bool:
+    """True on the ranks of the one model copy that is exported."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0

@@ -1,0 +1,108 @@
+"""Joining the process group that the environment describes, or a group of one."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from rewarm.engine import device
+from rewarm.errors import UserError
+
+
+def join(timeout_minutes: float) -> None:
+    """Join the default process group, unless this process is in one already.
+
+    torchrun's variables (``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``, ``MASTER_PORT``) say which; without them it is a
+    group of one.
+
+    Args:
+        timeout_minutes: minutes until a collective that a lost rank never joins fails.
+    """
+    if dist.is_initialized():
+        return
+    local = device.activate()
+    backend = device.communication_backend()
+    options: dict[str, Any] = {"timeout": timedelta(minutes=timeout_minutes)}
+    if local.type == "cuda":
+        options["device_id"] = local
+    # Megatron-Core's overlap of tensor-parallel communication relies on one hardware queue per device, and it warns
+    # where this is unset.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if "RANK" not in os.environ:
+        # An in-memory store: a single process needs no port that another one may hold.
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **options)
+        return
+    try:
+        dist.init_process_group(backend, **options)
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        meeting = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise UserError(
+            f"rank {os.environ['RANK']} of {os.environ.get('WORLD_SIZE')} could not meet the others at {meeting}: "
+            f"{str(error).splitlines()[0]}",
+            fix="check that every rank was started and that the address and the port are free and reachable",
+        ) from error
+
+
+def any_rank(flag: bool) -> bool:
+    """True on every rank if the flag is true on one of them. Collective."""
+    if dist.get_world_size() == 1:
+        return flag
+    value = torch.tensor([int(flag)], device=device.local_device())
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Sum of a tensor over all ranks, in place and returned. Collective."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def broadcast(value: Any) -> Any:
+    """Rank 0's picklable value, on every rank. Collective."""
+    if dist.get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=device.local_device())
+    return box[0]
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's picklable value, in rank order, on every rank. Collective."""
+    if dist.get_world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def raise_on_every_rank(error: Exception | None) -> None:
+    """Raise on all ranks if one of them brings an error: its own there, a copy elsewhere. Collective.
+
+    An :class:`OSError` stays one (with its errno) and a :class:`~rewarm.errors.UserError` stays one, so that every
+    rank takes the same way out; anything else becomes a ``RuntimeError`` on the ranks that did not fail.
+    """
+    if not any_rank(error is not None):
+        return
+    found = gather(None if error is None else _summary(error))
+    if error is not None:
+        raise error
+    rank, (kind, arguments) = next((rank, entry) for rank, entry in enumerate(found) if entry is not None)
+    if kind == "os":
+        raise OSError(*arguments)
+    if kind == "user":
+        raise UserError(arguments[0], fix=arguments[1])
+    raise RuntimeError(f"rank {rank}: {arguments[0]}")
+
+
+def _summary(error: Exception) -> tuple[str, tuple[Any, ...]]:
+    if isinstance(error, OSError):
+        return "os", (error.errno, error.strerror or str(error), error.filename and str(error.filename))
+    if isinstance(error, UserError):
+        return "user", (error.message, error.fix)
+    return "other", (f"{type(error).__name__}: {error}",)

@@ -1,0 +1,77 @@
+"""Evaluating a model outside of training: a run, a checkpoint, or a Hugging Face folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from rewarm.config.data import DomainConfig
+from rewarm.data.domain import Domain, open_domain
+from rewarm.errors import UserError
+from rewarm.evaluation.held_out import HeldOutLoss, evaluate_domain, held_out_windows, summarise
+
+
+def evaluate_run(
+    path: Path, overrides: Iterable[str], data: Mapping[str, str], windows: int | None
+) -> list[tuple[Domain, HeldOutLoss]]:
+    """Held-out losses of a run's model through its engine. Collective.
+
+    Args:
+        path: the run, or one of its checkpoints.
+        overrides: settings to change.
+        data: domains by name and path; the run's own when empty.
+        windows: held-out windows per domain; None means the run's setting.
+    """
+    from rewarm.launch.environment import find_ranks
+    from rewarm.train.open import open_model
+    from rewarm.train.tokenizers import check_tokenizers
+
+    model = open_model(path, overrides)
+    settings = model.config.evaluation
+    if data:
+        length = model.config.batch.sequence_length
+        domains = [open_domain(name, DomainConfig(path=where), length) for name, where in data.items()]
+        check_tokenizers(model.tokenizer, model.architecture, domains)
+    else:
+        domains = model.stage(find_ranks().world_size).evaluated
+    engine = model.engine()
+    try:
+        return [
+            (domain, evaluate_domain(engine, domain, windows or settings.windows_per_domain, settings.micro_batch_size))
+            for domain in domains
+        ]
+    finally:
+        engine.close()
+
+
+def evaluate_huggingface(
+    folder: Path, data: Mapping[str, str], sequence_length: int, windows: int, overrides: Iterable[str]
+) -> list[tuple[Domain, HeldOutLoss]]:
+    """Held-out losses of a Hugging Face folder through transformers, in this process.
+
+    Raises:
+        UserError: if no domain is given, or settings of a run are.
+    """
+    from rewarm.model.reference import window_losses
+
+    for override in overrides:
+        raise UserError(f"{override}: {folder} is a Hugging Face folder and has no settings", fix="leave it out")
+    if not data:
+        raise UserError(
+            f"{folder} is a Hugging Face folder and names no domains", fix="give them: --data NAME=PATH, once for each"
+        )
+    domains = [open_domain(name, DomainConfig(path=where), sequence_length) for name, where in data.items()]
+    _measure(domains, folder)
+    results = []
+    for domain in domains:
+        tokens = held_out_windows(domain.held_out, windows)
+        results.append((domain, summarise(domain, window_losses(folder, tokens), sequence_length)))
+    return results
+
+
+def _measure(domains: list[Domain], tokenizer: Path | None) -> None:
+    from rewarm.data.tokenizer import open_backend
+
+    for domain in domains:
+        if domain.held_out_bytes_per_token is None and tokenizer is not None:
+            domain.measure_bytes_per_token(open_backend(tokenizer))

@@ -1,0 +1,56 @@
+"""Does a tokenizer fit a model?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rewarm.errors import UserError
+from rewarm.model.architecture import Architecture
+
+
+def required_rows(tokenizer: str | Path) -> int:
+    """Rows of an embedding that every id of a tokenizer finds a place in: the largest id plus 1.
+
+    Raises:
+        UserError: if the folder holds no tokenizer that can be loaded.
+    """
+    folder = Path(tokenizer)
+    try:
+        if (folder / "tokenizer.json").is_file():
+            from tokenizers import Tokenizer
+
+            vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab(with_added_tokens=True)
+        else:
+            from transformers import AutoTokenizer
+
+            vocabulary = AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab()
+    except Exception as error:
+        # tokenizers raises bare Exception for a damaged file, transformers a dozen kinds for a missing one
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UserError(
+            f"no tokenizer can be loaded from {folder}: {reason}",
+            fix="give the folder of a Hugging Face tokenizer; tokenizer.json lies in it",
+        ) from error
+    if not vocabulary:
+        raise UserError(f"the tokenizer in {folder} has no tokens", fix="give the folder of a trained tokenizer")
+    return max(vocabulary.values()) + 1
+
+
+def check_tokenizer_fits(tokenizer: str | Path, architecture: Architecture, model: str) -> None:
+    """Refuse a tokenizer with ids that the model has no row for; fewer ids than rows are usual and fine.
+
+    Args:
+        tokenizer: folder of a Hugging Face tokenizer.
+        architecture: the model's.
+        model: what the user calls the model, for the message.
+
+    Raises:
+        UserError: naming both sizes.
+    """
+    rows = required_rows(tokenizer)
+    if rows > architecture.vocab_size:
+        raise UserError(
+            f"the tokenizer {tokenizer} has ids up to {rows - 1}, but {model} has {architecture.vocab_size} "
+            "embedding rows (vocab_size)",
+            fix="use the tokenizer that belongs to the model and build the data with it",
+        )

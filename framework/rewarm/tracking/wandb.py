@@ -1,0 +1,208 @@
+"""Weights & Biases, beside the training and never in its way.
+
+Importing wandb and starting its service takes seconds, so both happen in a thread that begins with the first
+trained step, and lines wait in a queue. Any failure ends the recording with one warning; the run's own files have
+everything. A resumed run continues the same wandb run: its id is kept in ``<run>/wandb.json`` together with the
+last step handed over, and steps up to that one, trained again after an older checkpoint, are not sent twice.
+"""
+
+from __future__ import annotations
+
+import configparser
+import json
+import math
+import netrc
+import os
+import queue
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from rewarm.config.training import WandbConfig
+
+REMEMBER_EVERY = 2.0
+"""Seconds between notes of the last step handed over; what came after the note is sent again after a kill."""
+INIT_TIMEOUT = 45.0
+"""Seconds that the server has to answer before the run is recorded offline."""
+CLOSE_TIMEOUT = 60.0
+"""Seconds that a finished run waits for wandb."""
+
+_END = None
+
+
+def find_key() -> str | None:
+    """Where a wandb key is configured (``WANDB_API_KEY``, an identity token or a netrc file), or None.
+
+    Looks without importing wandb, and never returns the key.
+    """
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
+        if os.environ.get(name):
+            return name
+    host = urlsplit(_base_url()).hostname or ""
+    for path in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
+        if not path:
+            continue
+        try:
+            found = netrc.netrc(os.path.expanduser(path)).authenticators(host)
+        except (OSError, netrc.NetrcParseError):
+            continue
+        if found and found[2]:
+            return path
+    return None
+
+
+def _base_url() -> str:
+    """The server that wandb talks to, from the environment or its settings file."""
+    if os.environ.get("WANDB_BASE_URL"):
+        return os.environ["WANDB_BASE_URL"]
+    folder = os.environ.get("WANDB_CONFIG_DIR") or os.path.expanduser("~/.config/wandb")
+    settings = configparser.ConfigParser()
+    try:
+        settings.read(os.path.join(folder, "settings"))
+    except configparser.Error:
+        return "https://api.wandb.ai"
+    return settings.get("default", "base_url", fallback="https://api.wandb.ai")
+
+
+def resolve_mode(config: WandbConfig) -> str:
+    """``online``, ``offline`` or ``disabled``: the configured mode, else ``WANDB_MODE``, else by the key."""
+    if config.mode != "auto":
+        return config.mode
+    wanted = os.environ.get("WANDB_MODE", "")
+    if wanted in ("online", "offline", "disabled"):
+        return wanted
+    return "online" if find_key() else "offline"
+
+
+class WandbWriter:
+    """Hands lines to a wandb run from a thread of its own.
+
+    Args:
+        run_folder: the run; wandb's files go to ``<run_folder>/wandb``.
+        config: project, entity, group and mode; not disabled.
+        config_dump: the resolved configuration, shown with the run.
+        resumed: True continues the wandb run of ``wandb.json``; False begins another.
+        say: prints one line for the user; called from the thread.
+    """
+
+    def __init__(
+        self,
+        run_folder: Path,
+        config: WandbConfig,
+        config_dump: Mapping[str, Any],
+        resumed: bool,
+        say: Callable[[str], None],
+    ) -> None:
+        self._folder = run_folder
+        self._config = config
+        self._config_dump = config_dump
+        self._say = say
+        self._note = run_folder / "wandb.json"
+        self._id, self._floor = self._recall() if resumed else (secrets.token_hex(4), -1)
+        self._queue: queue.SimpleQueue[tuple[int, Mapping[str, float]] | None] = queue.SimpleQueue()
+        self._exit_code = 0
+        self._failed = False
+        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Queue the curves of a step; returns at once."""
+        if self._failed:
+            return
+        self._queue.put((step, scalars))
+        if step > 0 and self._thread.ident is None:
+            self._thread.start()
+
+    def close(self, exit_code: int) -> None:
+        """Hand over what waits and mark the run finished (0) or failed; waits a minute at most."""
+        if self._thread.ident is None:
+            return  # nothing was trained, so there is nothing to show
+        self._exit_code = exit_code
+        self._queue.put(_END)
+        self._thread.join(CLOSE_TIMEOUT)
+        if self._thread.is_alive():
+            self._say(f"warning: wandb did not finish within {CLOSE_TIMEOUT:.0f} s; the run's own files are complete")
+
+    def _work(self) -> None:
+        try:
+            run = self._start()
+            last = self._pump(run)
+            self._remember(last)
+            run.finish(exit_code=self._exit_code)
+        except Exception as error:  # wandb must never end a training run, whatever it raises
+            self._failed = True
+            first = (str(error).strip().splitlines() or [""])[0]
+            self._say(f"warning: wandb stopped recording ({type(error).__name__}: {first}); the run goes on without it")
+
+    def _pump(self, run: Any) -> int:
+        """Hand over lines until the end; returns the last step. The newest step counts as handed over only once a
+        later one begins, because its evaluation may still come."""
+        last, noted = self._floor, -math.inf
+        while True:
+            try:
+                item = self._queue.get(timeout=REMEMBER_EVERY)
+            except queue.Empty:
+                self._remember(max(self._floor, last - 1))
+                continue
+            if item is _END:
+                return last
+            step, scalars = item
+            if step <= self._floor:
+                continue
+            if step > last and time.monotonic() - noted > REMEMBER_EVERY:
+                self._remember(max(self._floor, last))
+                noted = time.monotonic()
+            last = step
+            run.log(dict(scalars), step=step)
+
+    def _start(self) -> Any:
+        """The wandb run; offline when the server cannot be reached, as on most compute nodes."""
+        os.environ.setdefault("WANDB_SILENT", "true")
+        import wandb
+
+        self._remember(self._floor)
+        mode = resolve_mode(self._config)
+        try:
+            run = self._init(wandb, mode)
+        except (wandb.errors.CommError, wandb.errors.AuthenticationError) as error:
+            if self._config.mode == "online" or mode == "offline":
+                raise
+            self._say(f"warning: wandb cannot be reached ({type(error).__name__}); recording offline")
+            wandb.teardown()  # its service still holds the id of the failed run
+            mode, run = "offline", self._init(wandb, "offline")
+        if mode == "online":
+            self._floor = max(self._floor, run.starting_step - 1)
+            self._say(f"wandb: {run.url}")
+        else:
+            self._say(f"wandb: offline; to upload: wandb sync {self._folder}/wandb/offline-run-*-{self._id}")
+        return run
+
+    def _init(self, wandb: Any, mode: str) -> Any:
+        run = wandb.init(
+            project=self._config.project,
+            entity=self._config.entity,
+            group=self._config.group,
+            name=self._folder.name,
+            id=self._id,
+            resume="allow" if mode == "online" else None,
+            dir=str(self._folder),
+            mode=mode,
+            settings=wandb.Settings(console="off", silent=True, save_code=False, init_timeout=INIT_TIMEOUT),
+        )
+        run.config.update(dict(self._config_dump), allow_val_change=True)
+        return run
+
+    def _recall(self) -> tuple[str, int]:
+        try:
+            note = json.loads(self._note.read_text())
+            return str(note["id"]), int(note["last_step"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return secrets.token_hex(4), -1
+
+    def _remember(self, last_step: int) -> None:
+        aside = self._note.with_name("wandb.json.new")
+        aside.write_text(json.dumps({"id": self._id, "last_step": last_step}) + "\n")
+        os.replace(aside, self._note)

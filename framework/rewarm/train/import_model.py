@@ -1,0 +1,68 @@
+"""A Hugging Face folder as a sharded checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rewarm.checkpoint import store
+from rewarm.checkpoint.distributed import save_checkpoint
+from rewarm.config.load import apply_override, build
+from rewarm.errors import UserError
+from rewarm.model.files import carry_files
+from rewarm.model.huggingface import architecture_from_huggingface
+from rewarm.replay.lineage import Lineage
+from rewarm.train.parent import TOKENIZER
+from rewarm.train.state import MODEL
+
+
+def import_model(source: Path, output: Path, precision: str, overrides: Iterable[str]) -> Path:
+    """Write ``output/checkpoints/step-0`` with the weights of a Hugging Face folder. Collective.
+
+    Args:
+        source: the Hugging Face folder.
+        output: the run folder to make.
+        precision: type of the parameters.
+        overrides: ``a.b.c=value`` settings of the layout.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        UserError: if the model is not supported or the output is taken.
+    """
+    from rewarm.engine.build import build_engine
+
+    architecture = architecture_from_huggingface(source)
+    if store.list_checkpoints(output / "checkpoints"):
+        raise UserError(f"{output} already has checkpoints", fix="choose another --output")
+    values: dict[str, Any] = {
+        "name": output.resolve().name,
+        "runs_folder": str(output.resolve().parent),
+        "parent": str(source),
+        "precision": precision,
+        "data": {},
+        "batch": {"sequence_length": min(256, architecture.max_position_embeddings)},
+    }
+    for override in overrides:
+        apply_override(values, override)
+    config = build(values, source=f"import of {source}")
+    engine = build_engine(config, architecture, [])
+    try:
+        engine.import_huggingface(source)
+
+        def write(folder: Path) -> None:
+            if engine.is_main:
+                (folder / MODEL).mkdir()
+                Lineage.load(source).save(folder)
+            engine.barrier()
+            engine.save(folder / MODEL, optimizer=False)
+
+        if engine.is_main:
+            (output / TOKENIZER).mkdir(parents=True, exist_ok=True)
+            carry_files(source, output / TOKENIZER)
+        state = {"architecture": architecture.to_dict(), "precision": precision, "engine": config.engine}
+        return save_checkpoint(engine, output / "checkpoints", 0, write, state, keep=1)
+    finally:
+        engine.close()

@@ -1,0 +1,91 @@
+"""Opening a model that has trained or was imported, to look at it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rewarm.checkpoint import store
+from rewarm.checkpoint.distributed import read_state
+from rewarm.config.load import apply_override, build
+from rewarm.config.run import RunConfig
+from rewarm.engine.base import Engine
+from rewarm.errors import UserError
+from rewarm.model.architecture import Architecture
+from rewarm.train.parent import find_parent
+from rewarm.train.stage import Stage, resolve_stage
+from rewarm.train.state import MODEL
+
+_OF_THE_MACHINE = ("parallel", "distributed", "megatron")
+"""Settings of a run that belong to the machines it trained on; looking at its model starts from the defaults."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenModel:
+    """A checkpoint with what is needed to run its model."""
+
+    config: RunConfig
+    folder: Path
+    """The run folder."""
+    checkpoint: Path
+    architecture: Architecture
+    tokenizer: Path | None
+
+    def stage(self, num_ranks: int) -> Stage:
+        """The resolved stage of the run; an imported model has none."""
+        return resolve_stage(self.config, num_ranks)
+
+    def engine(self) -> Engine:
+        """The model on the ranks of this job. Collective."""
+        from rewarm.engine.build import build_engine
+
+        engine = build_engine(self.config, self.architecture, list(self.config.data))
+        engine.load(self.checkpoint / MODEL, optimizer=False)
+        return engine
+
+
+def open_model(path: str | Path, overrides: Iterable[str] = ()) -> OpenModel:
+    """Find a checkpoint and the configuration that goes with it.
+
+    Args:
+        path: a run folder (its newest whole checkpoint), or a ``checkpoints/step-<n>`` folder inside one.
+        overrides: ``a.b.c=value``; the layout is one process unless they say otherwise.
+
+    Raises:
+        UserError: if the path is neither, or the checkpoint is damaged.
+    """
+    found = find_parent(str(path))
+    if found.checkpoint is None:
+        raise UserError(
+            f"{path} is a Hugging Face folder, and a run is needed here", fix="name a run folder such as runs/NAME"
+        )
+    try:
+        store.verify(found.checkpoint)
+    except store.DamagedCheckpoint as damage:
+        raise UserError(f"{found.checkpoint} is damaged: {damage}", fix="name another one of the run") from damage
+    folder = found.folder.resolve()
+    values = _settings(folder, found.checkpoint, found.architecture)
+    for section in _OF_THE_MACHINE:
+        values.pop(section, None)
+    # The folder may have been moved or renamed since it was written, and the weights are in the checkpoint.
+    values |= {"name": folder.name, "runs_folder": str(folder.parent)}
+    for override in overrides:
+        apply_override(values, override)
+    config = build(values, source=str(path))
+    return OpenModel(config, folder, found.checkpoint.resolve(), found.architecture, found.tokenizer)
+
+
+def _settings(folder: Path, checkpoint: Path, architecture: Architecture) -> dict[str, Any]:
+    """The run's own settings, or, for an imported model, which has none, as few as an engine needs."""
+    if (folder / "config.yaml").is_file():
+        return dict(yaml.safe_load((folder / "config.yaml").read_text()))
+    return {
+        "parent": str(checkpoint),
+        "precision": read_state(checkpoint)["precision"],
+        "data": {},
+        "batch": {"sequence_length": min(256, architecture.max_position_embeddings)},
+    }

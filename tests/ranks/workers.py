@@ -1,0 +1,85 @@
+"""What the ranks run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ranks.tiny import global_batch, local_batch, tiny_engine
+from rewarm.engine.base import StepResult
+from rewarm.engine.megatron import engine as engine_module
+from rewarm.engine.megatron.engine import MegatronEngine
+from rewarm.engine.megatron.initialize import global_parameters
+
+LEARNING_RATE = 1e-3
+
+
+def train(settings: dict[str, Any], steps: int = 6, first: int = 0) -> list[StepResult]:
+    """Train from random weights."""
+    engine = tiny_engine(settings)
+    results = [engine.train_step(local_batch(engine, first + step), LEARNING_RATE) for step in range(steps)]
+    engine.close()
+    return results
+
+
+def train_without_reduction(settings: dict[str, Any], steps: int) -> list[StepResult]:
+    """Train with the reduction of gradients over data-parallel ranks left out."""
+    engine_module.finalize_model_grads = lambda chunks, *args, **kwargs: None
+    return train(settings, steps)
+
+
+def weights_after(settings: dict[str, Any], steps: int) -> dict[str, tuple[np.ndarray, int | None]]:
+    """This rank's parameters by global name, with the axis they are split along; empty on copies of a model copy."""
+    engine = tiny_engine(settings)
+    assert isinstance(engine, MegatronEngine)
+    for step in range(steps):
+        engine.train_step(local_batch(engine, step), LEARNING_RATE)
+    engine._gather_parameters()
+    found: dict[str, tuple[np.ndarray, int | None]] = {}
+    if engine.data_parallel_rank == 0:
+        first = engine.rank % engine.layout.tensor == 0  # tensor ranks are neighbours
+        for chunk in engine.chunks:
+            for name, parameter in global_parameters(chunk):
+                split = getattr(parameter, "tensor_model_parallel", False)
+                if split or first:
+                    found[name] = parameter.detach().float().numpy().copy(), parameter.partition_dim if split else None
+    engine.close()
+    return found
+
+
+def measure(settings: dict[str, Any], micro_batch_size: int, windows: int) -> dict[str, Any]:
+    """Held-out losses and next-token logits after one step."""
+    engine = tiny_engine(settings)
+    engine.train_step(local_batch(engine, 0), LEARNING_RATE)
+    tokens = np.concatenate([global_batch(step).tokens for step in range(100, 103)])[:windows]
+    measured = {
+        "losses": engine.evaluate(tokens, micro_batch_size),
+        "logits": engine.next_token_logits(tokens[0, :7]),
+        "loss after": engine.train_step(local_batch(engine, 1), LEARNING_RATE).loss,
+    }
+    engine.close()
+    return measured
+
+
+def save_and_continue(settings: dict[str, Any], folder: Path, before: int, after: int) -> list[StepResult]:
+    """Train, save, train on; what the later steps gave."""
+    engine = tiny_engine(settings)
+    for step in range(before):
+        engine.train_step(local_batch(engine, step), LEARNING_RATE)
+    engine.save(folder)
+    results = [engine.train_step(local_batch(engine, before + step), LEARNING_RATE) for step in range(after)]
+    engine.close()
+    return results
+
+
+def load_and_continue(
+    settings: dict[str, Any], folder: Path, before: int, after: int, optimizer: bool = True
+) -> list[StepResult]:
+    """Load on a new engine and train on."""
+    engine = tiny_engine(settings)
+    engine.load(folder, optimizer=optimizer)
+    results = [engine.train_step(local_batch(engine, before + step), LEARNING_RATE) for step in range(after)]
+    engine.close()
+    return results
