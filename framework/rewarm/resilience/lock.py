@@ -1,10 +1,10 @@
 """The lock of a run folder: two live jobs never write into one run. No torch.
 
 ``<run>/lock/000007.json`` is the seventh owner. To become the owner is to create the next number, which a shared file
-system grants to one process only (a hard link, as NFS has no dependable ``flock``); the highest number is the owner, and
-numbers never fall, so that a claim made on old knowledge fails. The owner touches its file every few seconds and ends
-itself when it finds a higher number. A crashed owner is recognised by its process, by what SLURM says of its job, or,
-where neither can be asked, by a file that has not been touched for :data:`STALE_SECONDS`.
+system grants to one process only (a hard link, as NFS has no dependable ``flock``); the highest number is the owner,
+and numbers never fall, so that a claim made on old knowledge fails. The owner touches its file every few seconds and
+ends itself when it finds a higher number. A crashed owner is recognised by its process, by what SLURM says of its job,
+or, where neither can be asked, by a file that has not been touched for :data:`STALE_SECONDS`.
 """
 
 from __future__ import annotations
@@ -152,7 +152,9 @@ def _age(path: Path) -> float:
 
 
 def _is_earlier_attempt(owner: Owner, mine: Owner) -> bool:
-    return mine.job is not None and (owner.cluster, owner.job) == (mine.cluster, mine.job) and owner.attempt < mine.attempt
+    return (
+        mine.job is not None and (owner.cluster, owner.job) == (mine.cluster, mine.job) and owner.attempt < mine.attempt
+    )
 
 
 def _files(folder: Path) -> list[Path]:

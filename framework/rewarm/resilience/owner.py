@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import getpass
 import os
-import socket
 import subprocess
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from rewarm.launch.environment import this_node
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class Owner:
         """The calling process."""
         job = os.environ.get("SLURM_JOB_ID")
         return Owner(
-            host=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+            host=this_node(),
             user=getpass.getuser(),
             pid=os.getpid(),
             started=_start_ticks(os.getpid()) or 0,
@@ -87,7 +88,11 @@ def _slurm_says(job: str, attempt: int) -> bool | None:
     known = _output("squeue", "--noheader", "--jobs", job, "--format", "%T")
     if known is None:
         # squeue fails on an id that it has never had or has forgotten; and when the controller is away.
-        return False if _output("squeue", "--noheader", "--format", "%T", "--user", getpass.getuser()) is not None else None
+        return (
+            False
+            if _output("squeue", "--noheader", "--format", "%T", "--user", getpass.getuser()) is not None
+            else None
+        )
     if known.strip() not in ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "CONFIGURING", "SIGNALING", "STAGE_OUT"):
         return False
     shown = _output("scontrol", "show", "job", "--oneliner", job) or ""
