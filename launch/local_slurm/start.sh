@@ -56,6 +56,7 @@ SlurmdPidFile=$folder/pid/slurmd-%n
 SlurmUser=root
 StateSaveLocation=$folder/state
 SlurmdSpoolDir=$folder/spool/%n
+SlurmctldDebug=debug
 SlurmctldLogFile=$folder/log/slurmctld
 SlurmdLogFile=$folder/log/slurmd-%n
 AuthType=auth/munge
@@ -64,6 +65,7 @@ CredType=cred/munge
 AuthInfo=cred_expire=5,socket=$folder/munge/socket
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
+TaskProlog=$folder/task_prolog
 SlurmdParameters=config_overrides
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
@@ -89,6 +91,13 @@ PartitionName=batch Nodes=ALL Default=YES MaxTime=1-00:00:00 PriorityTier=10 Sta
 PartitionName=low Nodes=ALL MaxTime=1-00:00:00 PriorityTier=1 GraceTime=20 State=UP
 PartitionName=short Nodes=ALL MaxTime=2 PriorityTier=10 State=UP
 CONF
+# What is in nodes/NAME is printed for the tasks of that node ("export NAME=value"), so that a test can make one node odd.
+mkdir "$folder/nodes"
+cat > "$folder/task_prolog" <<PROLOG
+#!/bin/bash
+cat "$folder/nodes/\$SLURMD_NODENAME" 2>/dev/null || true
+PROLOG
+chmod 755 "$folder/task_prolog"
 cat > "$folder/environment.sh" <<CONF
 export SLURM_CONF=$folder/slurm.conf
 export REWARM_LOCAL_SLURM=$folder

@@ -7,13 +7,10 @@ folder=${REWARM_LOCAL_SLURM:-/tmp/rewarm-slurm}
 # Processes of this cluster: its daemons, and what its jobs left behind. A kill by name would reach other clusters, and
 # the configuration alone is also in the environment of every shell that sourced environment.sh.
 members() {
-    local process
-    for process in /proc/[0-9]*; do
-        [ "${process#/proc/}" != $$ ] || continue
-        if { tr '\0' '\n' < "$process/cmdline" | grep -qxF -- "--key-file=$folder/munge/key"; } 2>/dev/null ||
-            { tr '\0' '\n' < "$process/environ" | grep -qxF "SLURM_CONF=$folder/slurm.conf" &&
-              { grep -q '^slurm' "$process/comm" || tr '\0' '\n' < "$process/environ" | grep -q '^SLURM_JOB_ID='; }; } \
-            2>/dev/null; then
+    local environment process
+    for environment in $(grep -lzxF "SLURM_CONF=$folder/slurm.conf" /proc/[0-9]*/environ 2>/dev/null); do
+        process=${environment%/environ}
+        if grep -q '^slurm' "$process/comm" 2>/dev/null || grep -qz '^SLURM_JOB_ID=' "$environment" 2>/dev/null; then
             echo "${process#/proc/}"
         fi
     done
@@ -21,7 +18,7 @@ members() {
 
 # The controller first: it would requeue what ends while it looks on.
 for signal in TERM KILL; do
-    for kind in slurmctld slurmd; do
+    for kind in slurmctld slurmd munged; do
         for file in "$folder"/pid/$kind*; do
             [ -e "$file" ] && kill -$signal "$(cat "$file")" 2>/dev/null || true
         done

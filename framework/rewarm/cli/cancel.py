@@ -21,7 +21,7 @@ def cancel(
         rewarm cancel runs/continue
     """
     from rewarm.errors import UserError
-    from rewarm.launch.records import STOP, all_jobs, newest_step, submissions
+    from rewarm.launch.records import STOP, all_jobs, newest_step, read_jobs, submissions
     from rewarm.launch.slurm import find_jobs, run_slurm
 
     if not run.is_dir():
@@ -30,7 +30,9 @@ def cancel(
     if not jobs:
         raise UserError(f"{run} has no SLURM job that waits or runs", fix=f"rewarm status {run}")
     # First the mark, so that a job that ends in this moment is not queued again.
-    (submissions(run)[-1] / STOP).touch()
+    for submission in submissions(run):
+        if {job.id for job in jobs} & set(read_jobs(submission)):
+            (submission / STOP).touch()
     training = [job.id for job in jobs if job.state == "RUNNING" and not now]
     others = [job.id for job in jobs if job.id not in training]
     if others:

@@ -15,6 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from rewarm.errors import UserError
 from rewarm.launch.environment import slurm_port
 from rewarm.launch.records import ERRORS, STOP, Attempt, attempts, newest_step, read_jobs, record, write_jobs
 from rewarm.resilience.status import read_status, this_attempt
@@ -188,8 +189,33 @@ def free_port(wanted: int) -> int:
     return wanted
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """``python -m rewarm.launch.attempt begin|end``, called by ``job.sh``."""
+def locate(config: str, *overrides: str) -> dict[str, str]:
+    """What ``job.sh`` needs for a batch script that a person wrote: the run folder, and a name for the job in it."""
+    from rewarm.config.load import load
+
+    folder = load(config, overrides).folder.resolve()
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    return {"run": str(folder), "submission": f"job-{os.environ['SLURM_JOB_ID']}"}
+
+
+def _answer(values: dict[str, str]) -> None:
+    for name, value in values.items():
+        print(f"{name}={shlex.quote(value)}")
+
+
+def main() -> None:
+    """``python -m rewarm.launch.attempt locate CONFIG [a.b.c=value ...]``, or ``begin`` and ``end`` with the options
+    that ``job.sh`` gives them."""
+    if sys.argv[1:2] == ["locate"]:
+        try:
+            _answer(locate(*sys.argv[2:]))
+        except UserError as error:
+            sys.exit(f"rewarm: {error}")
+        return
+    _begin_or_end(sys.argv[1:])
+
+
+def _begin_or_end(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="rewarm.launch.attempt")
     parser.add_argument("event", choices=["begin", "end"])
     parser.add_argument("--run", type=Path, required=True)
@@ -210,8 +236,7 @@ def main(arguments: list[str] | None = None) -> None:
         answers["rest"] = " ".join(job for job in queued if job != os.environ.get("SLURM_JOB_ID"))
     print(f"rewarm: {decision.message}", file=sys.stderr)
     answers |= {"next": decision.action, "status": str(decision.status), "exclude": ",".join(decision.exclude)}
-    for name, value in answers.items():
-        print(f"{name}={shlex.quote(value)}")
+    _answer(answers)
 
 
 if __name__ == "__main__":

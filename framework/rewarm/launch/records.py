@@ -1,8 +1,8 @@
 """What a run folder remembers of its SLURM jobs: submissions, their jobs, and how each attempt went. No torch.
 
 ``<run>/slurm/003/`` is the third submission: the batch script, the resolved configuration, a copy of the code, and
-``jobs.json``. ``<run>/slurm/attempts.jsonl`` has a line when an attempt begins and one when it ends; an attempt without
-an end was lost with its node.
+``jobs.json``; ``<run>/slurm/job-17/`` is a job whose batch script a person wrote. ``<run>/slurm/attempts.jsonl`` has a
+line when an attempt begins and one when it ends; an attempt without an end was lost with its node.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ class Attempt:
 
 
 def submissions(run: Path) -> list[Path]:
-    """Folders of a run's submissions, oldest first."""
-    return sorted(folder for folder in (run / "slurm").glob("[0-9]*") if folder.is_dir())
+    """Folders of a run's submissions: numbered ones of ``rewarm submit``, then those of batch scripts by hand."""
+    return sorted(folder for folder in (run / "slurm").glob("*[0-9]") if folder.is_dir())
 
 
 def new_submission(run: Path) -> Path:
     """An empty folder for the next submission."""
-    past = submissions(run)
-    folder = run / "slurm" / f"{int(past[-1].name) + 1 if past else 1:03d}"
+    past = [int(folder.name) for folder in submissions(run) if folder.name.isdigit()]
+    folder = run / "slurm" / f"{max(past, default=0) + 1:03d}"
     folder.mkdir(parents=True)
     return folder
 
