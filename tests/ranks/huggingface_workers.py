@@ -44,7 +44,7 @@ def _engine(folder: Path, settings: dict[str, Any], **change: Any) -> Iterator[M
 
 
 def round_trips(
-    root: Path, names: Sequence[str], output: Path, settings: dict[str, Any], tokens: np.ndarray, dtype: str | None
+    root: Path, names: Sequence[str], output: Path, settings: dict[str, Any], tokens: np.ndarray, dtype: str
 ) -> dict[str, Measured]:
     """Import each folder, measure it, and export it to ``output / name``.
 

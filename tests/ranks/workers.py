@@ -12,6 +12,7 @@ from rewarm.engine.base import StepResult
 from rewarm.engine.megatron import engine as engine_module
 from rewarm.engine.megatron.engine import MegatronEngine
 from rewarm.engine.megatron.initialize import global_parameters
+from rewarm.errors import UserError
 
 LEARNING_RATE = 1e-3
 
@@ -83,3 +84,36 @@ def load_and_continue(
     results = [engine.train_step(local_batch(engine, before + step), LEARNING_RATE) for step in range(after)]
     engine.close()
     return results
+
+
+def optimizer_settings(settings: dict[str, Any], folder: Path) -> dict[str, set[Any]]:
+    """What the parameter groups hold after a load."""
+    engine = tiny_engine(settings)
+    assert isinstance(engine, MegatronEngine)
+    engine.load(folder)
+    groups = engine._optimizer.sharded.param_groups
+    return {name: {group[name] for group in groups} for name in ("weight_decay", "betas", "step")}
+
+
+def fail_to_save(settings: dict[str, Any], folder: Path) -> tuple[int | None, float, float]:
+    """Try to save where it must fail; the error's number, and the loss of one batch before and after."""
+    engine = tiny_engine(settings)
+    engine.train_step(local_batch(engine, 0), LEARNING_RATE)
+    tokens = global_batch(1).tokens
+    before = float(engine.evaluate(tokens, 2).sum())
+    number = None
+    try:
+        engine.save(folder)
+    except OSError as error:
+        number = error.errno
+    return number, before, float(engine.evaluate(tokens, 2).sum())
+
+
+def fail_to_load(settings: dict[str, Any], folder: Path) -> str:
+    """The message of a load that must be refused."""
+    engine = tiny_engine(settings)
+    try:
+        engine.load(folder)
+    except UserError as error:
+        return str(error)
+    return "loaded"

@@ -24,9 +24,7 @@ def export(
         typer.Option("--check", help="Compare its held-out losses with the engine's; fail if they differ."),
     ] = False,
     sample: Annotated[str | None, typer.Option(help="Text to let the exported model continue.")] = None,
-    replace: Annotated[
-        bool, typer.Option("--replace", help="Overwrite what is there, be it no earlier export.")
-    ] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Overwrite what is there, whatever it is.")] = False,
 ) -> None:
     """Write a run's model as a Hugging Face folder that AutoModelForCausalLM loads.
 

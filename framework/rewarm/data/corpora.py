@@ -27,7 +27,7 @@ _SKIPPED_PYTHON = frozenset(
     # Tests and generated tables are no source that one would like to write; pydoc_data is the English domain's.
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data", "__pycache__"}
 )
-_PROSE_PACKAGES = ("numpy", "scipy", "torch", "transformers", "datasets", "rich", "pyarrow")
+_PROSE_PACKAGES = ("numpy", "scipy", "torch", "pyarrow", "datasets")
 _MIN_DOCSTRING = 400
 _OPENS_DOCSTRING = re.compile(r"(?:\A|:|,|\()\s*r?\Z")
 _BADGE = re.compile(r"^\s*(?:<|\[!\[|!\[|\.\. image|\|.*\|\s*$).*\n", re.MULTILINE)

@@ -63,10 +63,10 @@ def begin(run: Path, submission: str) -> Decision:
     fruitless = count_fruitless([a for a in attempts(run) if a.submission == submission], newest_step(run))
     if fruitless >= MAX_FRUITLESS:
         return Decision("give_up", _hopeless(run, fruitless), status=1)
-    _remember_job(run / "slurm" / submission)
     nodes = os.environ.get("SLURM_JOB_NODELIST", "")
     errors = _errors_folder(run, submission)
     errors.mkdir(parents=True, exist_ok=True)
+    _remember_job(errors.parent)
     for old in errors.iterdir():
         old.unlink()
     step = newest_step(run)

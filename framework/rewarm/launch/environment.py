@@ -69,9 +69,6 @@ def export_slurm_rendezvous(environment: MutableMapping[str, str] = os.environ) 
 
     The port follows from the job, so that two jobs on a node do not meet; a batch script that has found a free one
     exports it as MASTER_PORT and is obeyed.
-
-    Raises:
-        UserError: if the name of the first node leads nowhere.
     """
     ranks = find_ranks(environment)
     nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
@@ -112,10 +109,7 @@ def _address(node: str) -> str:
     for word in shown.split():
         if word.startswith("NodeAddr="):
             return word.removeprefix("NodeAddr=")
-    raise UserError(
-        f"the name of the first node, {node}, does not resolve, and scontrol does not know its address",
-        fix="export MASTER_ADDR with an address of that node before srun",
-    )
+    return node
 
 
 def first_host(nodelist: str) -> str:

@@ -30,6 +30,8 @@ INIT_TIMEOUT = 45.0
 """Seconds that the server has to answer before the run is recorded offline."""
 CLOSE_TIMEOUT = 60.0
 """Seconds that a finished run waits for wandb."""
+FAILED_CLOSE_TIMEOUT = 10.0
+"""Seconds that a failed one waits, whose message the user is waiting for."""
 
 _END = None
 
@@ -122,9 +124,10 @@ class WandbWriter:
             return  # nothing was trained, so there is nothing to show
         self._exit_code = exit_code
         self._queue.put(_END)
-        self._thread.join(CLOSE_TIMEOUT)
+        timeout = CLOSE_TIMEOUT if exit_code == 0 else FAILED_CLOSE_TIMEOUT
+        self._thread.join(timeout)
         if self._thread.is_alive():
-            self._say(f"warning: wandb did not finish within {CLOSE_TIMEOUT:.0f} s; the run's own files are complete")
+            self._say(f"warning: wandb did not finish within {timeout:.0f} s; the run's own files are complete")
 
     def _work(self) -> None:
         try:

@@ -67,12 +67,17 @@ def _train(config: RunConfig, stage: Stage, engine: Engine) -> None:
         run.tracker.message(message)
     if engine.is_main:
         write_status(stage.folder, "running", run.step, config.total_steps)
-    train(run, standard_hooks())
+    try:
+        train(run, standard_hooks())
+    except BaseException:
+        run.tracker.close(1)
+        raise
     run.feed.close()
     if engine.is_main:
         write_status(stage.folder, end_state(run), run.step, config.total_steps, run.stop_reason)
-        print_summary(run)
     run.tracker.close(0)
+    if engine.is_main:
+        print_summary(run)
 
 
 def end_state(run: Run) -> State:

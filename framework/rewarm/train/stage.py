@@ -23,6 +23,7 @@ from rewarm.model.architecture import Architecture
 from rewarm.model.tokenizer_check import required_rows
 from rewarm.replay.lineage import ConsumedDomain, Lineage
 from rewarm.replay.lineage import Stage as LineageStage
+from rewarm.schedule.learning_rate import LearningRate
 from rewarm.train.old_domains import open_old_domains
 from rewarm.train.origin import Origin, find_origin
 from rewarm.train.tokenizers import check_tokenizers, choose_tokenizer
@@ -142,7 +143,9 @@ def resolve_stage(config: RunConfig, num_ranks: int) -> Stage:
     check_tokenizers(tokenizer, architecture, evaluated)
     _check_enough_windows(config, trained, weights)
     stage = Stage(config, origin, architecture, tokenizer, trained, evaluated, weights, list(old.messages))
+    # Both refuse what could only fail after the ranks have started.
     stage.sampler(None, [])
+    LearningRate(config.schedule, config.total_tokens, config.tokens_per_step)
     return stage
 
 

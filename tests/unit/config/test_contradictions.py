@@ -48,7 +48,6 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
         {"mixture": {"mixer": "velocitune", "velocitune": {"targets": {"english": 1, "code": 1}}}},
         ["mixture.velocitune.targets"],
     ),
-    ({"mixture": {"delay": "2 steps"}}, {"mixture": {"mixer": "odm", "delay": "2 steps"}}, ["mixture.delay"]),
     (
         {"mixture": {"mixer": "odm"}, "evaluation": {"interval": None}},
         {"mixture": {"mixer": "odm"}},
