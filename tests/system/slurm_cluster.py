@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from system.conftest import Workplace
+from system.conftest import Workplace, write_domain
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch")
@@ -28,6 +29,25 @@ def why_not() -> str | None:
     search = os.environ["PATH"] + ":/usr/sbin"
     missing = [program for program in PROGRAMS if shutil.which(program, path=search) is None]
     return f"not installed: {', '.join(missing)} (apt-get install slurm-wlm munge)" if missing else None
+
+
+needs_slurm = [
+    pytest.mark.slurm,
+    pytest.mark.skipif(why_not() is not None, reason=f"no SLURM: {why_not()}"),
+]
+
+STEPS = 40
+STAGE = f"""
+name: stage
+data: {{counting: counting}}
+model: {{num_layers: 2, hidden_size: 32, ffn_hidden_size: 64, num_attention_heads: 4, vocab_size: 300}}
+duration: {STEPS} steps
+batch: {{sequence_length: 32, global_batch_size: 16, micro_batch_size: 4}}
+schedule: {{peak: 3e-3, warmup: 2 steps}}
+evaluation: {{interval: 20 steps, windows_per_domain: 4, micro_batch_size: 4}}
+checkpoint: {{interval: 10 steps, keep: 2}}
+tracking: {{wandb: {{mode: disabled}}}}
+"""
 
 
 @dataclass(frozen=True)
@@ -135,3 +155,21 @@ class Cluster(Workplace):
     def log_says(self, text: str) -> bool:
         """Whether SLURM's controller has written a text into its log."""
         return text in (self.state / "log" / "slurmctld").read_text()
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A SLURM of four nodes for the tests of a module, which import this fixture."""
+    folder = tmp_path_factory.mktemp("slurm")
+    write_domain(folder / "counting", 1)
+    (folder / "stage.yaml").write_text(STAGE)
+    # A socket's path must be short.
+    state = Path(tempfile.mkdtemp(prefix="rewarm-slurm-", dir="/tmp")) / "c"
+    scripts = ROOT / "launch" / "local_slurm"
+    environment = {**os.environ, "REWARM_LOCAL_SLURM": str(state)}
+    try:
+        subprocess.run(["bash", str(scripts / "start.sh"), "4"], env=environment, check=True, timeout=60)
+        yield Cluster(folder, state)
+    finally:
+        subprocess.run(["bash", str(scripts / "stop.sh")], env=environment, check=True, timeout=60)
+        shutil.rmtree(state.parent)

@@ -3,57 +3,22 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from rewarm.launch.records import attempts
 from system.conftest import write_domain
-from system.slurm_cluster import ROOT, Cluster, why_not
+from system.slurm_cluster import ROOT, STAGE, STEPS, Cluster, needs_slurm
+from system.slurm_cluster import cluster as cluster
 
-pytestmark = [
-    pytest.mark.slurm,
-    pytest.mark.skipif(why_not() is not None, reason=f"no SLURM: {why_not()}"),
-    pytest.mark.timeout(240),
-]
+pytestmark = [*needs_slurm, pytest.mark.timeout(240)]
 
 Lines = list[dict[str, Any]]
-STEPS = 40
-STAGE = f"""
-name: stage
-data: {{counting: counting}}
-model: {{num_layers: 2, hidden_size: 32, ffn_hidden_size: 64, num_attention_heads: 4, vocab_size: 300}}
-duration: {STEPS} steps
-batch: {{sequence_length: 32, global_batch_size: 16, micro_batch_size: 4}}
-schedule: {{peak: 3e-3, warmup: 2 steps}}
-evaluation: {{interval: 20 steps, windows_per_domain: 4, micro_batch_size: 4}}
-checkpoint: {{interval: 10 steps, keep: 2}}
-tracking: {{wandb: {{mode: disabled}}}}
-"""
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    folder = tmp_path_factory.mktemp("slurm")
-    write_domain(folder / "counting", 1)
-    (folder / "stage.yaml").write_text(STAGE)
-    # A socket's path must be short.
-    state = Path(tempfile.mkdtemp(prefix="rewarm-slurm-", dir="/tmp")) / "c"
-    scripts = ROOT / "launch" / "local_slurm"
-    environment = {**os.environ, "REWARM_LOCAL_SLURM": str(state)}
-    try:
-        subprocess.run(["bash", str(scripts / "start.sh"), "4"], env=environment, check=True, timeout=60)
-        yield Cluster(folder, state)
-    finally:
-        subprocess.run(["bash", str(scripts / "stop.sh")], env=environment, check=True, timeout=60)
-        shutil.rmtree(state.parent)
 
 
 @pytest.fixture(scope="module")
