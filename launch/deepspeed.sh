@@ -4,7 +4,6 @@
 #   HOSTFILE=hosts bash launch/deepspeed.sh CONFIG [a.b.c=value ...]      needs ssh between the machines
 # RANKS: ranks of each machine, by default its GPUs.
 set -euo pipefail
-export CUDA_DEVICE_MAX_CONNECTIONS=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 options=(--no_local_rank --master_port "${PORT:-29500}")
 [ -z "${HOSTFILE:-}" ] || options+=(--hostfile "$HOSTFILE")

@@ -6,7 +6,6 @@
 # configuration, the data and the run folder under the same paths.
 set -euo pipefail
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
-export CUDA_DEVICE_MAX_CONNECTIONS=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec "${REWARM_PYTHON:-python3}" -m torch.distributed.run \
     --nnodes "${NODES:-1}" --node-rank "${NODE:-0}" --nproc-per-node "${RANKS:-$((gpus > 0 ? gpus : 1))}" \

@@ -157,7 +157,7 @@ def test_two_jobs_on_one_node_do_not_meet(cluster: Cluster, check_same: Callable
 
 def test_an_unfit_node_is_named_and_avoided(cluster: Cluster, check_same: Callable[[str], None]) -> None:
     odd = cluster.state / "nodes" / "node1"
-    odd.write_text("echo export SLURM_GPUS_ON_NODE=8\n".removeprefix("echo "))
+    odd.write_text("export SLURM_GPUS_ON_NODE=8\n")
     try:
         (job,) = cluster.submit("unfit", "--option", "exclude=node3,node4")
         cluster.wait("the requeue", lambda: cluster.field(job, "Restarts") == "1", 60)

@@ -47,12 +47,18 @@ def status(
 
 def print_run(console: Console, run: Path, *, brief: bool = False) -> None:
     """Print one run: a line, or a paragraph with the history of its jobs."""
+    from rewarm.errors import UserError
     from rewarm.launch.records import all_jobs, attempts, newest_step
     from rewarm.launch.slurm import find_jobs
     from rewarm.resilience.lock import find_owner
     from rewarm.resilience.status import read_status
 
-    owner, said, jobs = find_owner(run), read_status(run), find_jobs(all_jobs(run))
+    owner, said, jobs = find_owner(run), read_status(run), []
+    try:
+        jobs = find_jobs(all_jobs(run))
+    except UserError as error:
+        # What the folder says is worth showing while SLURM's controller is away.
+        console.print(f"[yellow]{error.message}[/yellow]")
     state = describe_state(said, owner, jobs)
     console.print(f"[bold]{run}[/bold]  {state}{_progress(run, said)}")
     if brief:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import socket
 import sys
@@ -22,7 +23,8 @@ from rewarm.resilience.status import read_status, this_attempt
 
 MAX_FRUITLESS = 3
 """Attempts in a row that may end without a newer checkpoint before the job gives up."""
-_SIGNALS = {128 + 15: "SIGTERM", 128 + 12: "SIGUSR2", 128 + 10: "SIGUSR1", 128 + 2: "SIGINT"}
+_SIGNALS = {"Terminated": "SIGTERM", "User defined signal 2": "SIGUSR2", "Interrupt": "SIGINT"}
+"""Endings, in srun's words, that SLURM asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +107,27 @@ def judge(run: Path, submission: str, exit_status: int) -> Ending:
         outcome = {"user": "refused", "node": "node"}.get(first["kind"], "crashed")
         bad = tuple(sorted({report["host"] for report in reports if report["kind"] == "node"}))
         return Ending(outcome, first["text"], bad)
-    if exit_status in _SIGNALS:
+    failure = first_failure(_errors_folder(run, submission) / "srun")
+    if failure is None:
+        return Ending("crashed", f"srun ended with status {exit_status} and no rank said why")
+    node, how = failure
+    if how in _SIGNALS:
         # Before training began nobody listens yet: the ranks just end, and there is nothing to save.
-        name = _SIGNALS[exit_status]
-        return Ending("limit" if name == "SIGUSR2" else "stopped", name)
-    return Ending("crashed", f"srun ended with status {exit_status} and no rank said why")
+        return Ending("limit" if _SIGNALS[how] == "SIGUSR2" else "stopped", _SIGNALS[how])
+    return Ending("crashed", f"the first rank to fail was on {node}: {how}")
+
+
+def first_failure(messages: Path) -> tuple[str, str] | None:
+    """Node and manner of the first task that ended badly, from what srun printed.
+
+    The exit status will not do: srun ends the other tasks with SIGTERM, and may report that.
+    """
+    try:
+        text = messages.read_text(errors="replace")
+    except OSError:
+        return None
+    match = re.search(r"(?m)^srun: error: (\S+): tasks? \S+: (.+?)( \(core dumped\))?$", text)
+    return None if match is None else (match.group(1), match.group(2))
 
 
 def decide(run: Path, ending: Ending, past: list[Attempt], step: int, job_state: str, again: str) -> Decision:

@@ -69,8 +69,8 @@ def batch_script(request: JobRequest, places: Places) -> str:
         f"again={request.again}",
         "",
         "# The code as it was when this was submitted.",
-        f"export PYTHONPATH={shlex.quote(str(code))}",
-        *_environment(request, places),
+        f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        "export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}",
         "",
         *_commands(request, places),
         f"train=({_python(request, places)} -m rewarm train {shlex.quote(str(config))})",
@@ -112,18 +112,9 @@ def _escaped(path: Path) -> str:
     return str(path).replace("%", "%%")
 
 
-def _environment(request: JobRequest, places: Places) -> list[str]:
-    if request.gpus_per_node:
-        return [
-            "# One queue per device keeps Megatron's overlapped communication ordered; an NCCL error ends the rank.",
-            "export CUDA_DEVICE_MAX_CONNECTIONS=1 TORCH_NCCL_ASYNC_ERROR_HANDLING=1",
-        ]
-    return ["export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}"]
-
-
 def _commands(request: JobRequest, places: Places) -> list[str]:
     """The arrays ``python`` and ``launch``."""
-    srun = "srun --kill-on-bad-exit=1 --wait=30"
+    srun = "srun --kill-on-bad-exit=1"
     if request.container is None:
         return [f"python=({shlex.quote(str(places.python))})", f"launch=({srun})"]
     mounts = ",".join(f"{path}:{path}" for path in places.mounts)

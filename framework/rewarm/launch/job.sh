@@ -18,7 +18,8 @@ if [ "$next" = run ]; then
     export MASTER_PORT REWARM_ERROR_FOLDER
     # Since 22.05 srun no longer takes this from the job.
     export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
-    "${launch[@]}" "${train[@]}" &
+    # A copy of srun's own messages: they say which task failed first, and how.
+    "${launch[@]}" "${train[@]}" 2> >(trap '' TERM INT USR1 USR2; exec tee "$REWARM_ERROR_FOLDER/srun" >&2) &
     ranks=$!
     wait $ranks
     status=$?
@@ -39,18 +40,17 @@ count_without() {
 
 case $next in
 requeue)
+    if [ -n "$exclude" ] && [ "$(count_without "$exclude")" -lt "$SLURM_JOB_NUM_NODES" ]; then
+        echo "rewarm: too few other nodes to avoid $exclude" >&2
+        exclude=
+    fi
+    trap '' TERM # from here on SLURM ends this script and what it calls
     if ! scontrol requeue "$SLURM_JOB_ID"; then
         echo "rewarm: SLURM refuses to requeue this job: submit again, with --chain instead of --until-done" >&2
         exit 1
     fi
-    if [ -n "$exclude" ]; then
-        if [ "$(count_without "$exclude")" -ge "$SLURM_JOB_NUM_NODES" ]; then
-            scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$exclude"
-        else
-            echo "rewarm: too few other nodes to avoid $exclude" >&2
-        fi
-    fi
-    sleep 60 # SLURM ends this script
+    # Only a job that waits can be told which nodes to avoid.
+    [ -z "$exclude" ] || scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$exclude"
     ;;
 give_up)
     [ -z "${rest:-}" ] || scancel --quiet $rest

@@ -59,6 +59,8 @@ def check_device() -> None:
 
     from rewarm.engine import device
 
+    # Read when CUDA starts, which the look at the GPU does: Megatron-Core's overlapped communication relies on it.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     visible = os.environ.get("SLURM_GPUS_ON_NODE") or os.environ.get("SLURM_GPUS_PER_NODE")
     if not device.is_gpu():
         if visible and visible != "0":

@@ -36,6 +36,9 @@ class Job:
         path = self.run / "slurm" / "001" / "errors" / "rank-1.json"
         path.write_text(json.dumps({"rank": 1, "time": 1.0, "text": text, "kind": kind, "host": host}))
 
+    def srun(self, *lines: str) -> None:
+        (self.run / "slurm" / "001" / "errors" / "srun").write_text("a rank's warning\n" + "\n".join(lines) + "\n")
+
     def end(self, status: int = 0, state: str = RUNNING, again: str = "requeue") -> tuple[str, str]:
         decision = end(self.run, "001", status, state, again)
         return decision.action, attempts(self.run)[-1].outcome
@@ -123,12 +126,27 @@ def test_attempts_that_were_lost_with_their_node_count(job: Job) -> None:
 def test_preemptions_never_exhaust_the_attempts(job: Job) -> None:
     for _ in range(3 * MAX_FRUITLESS):
         assert job.begin() == "run"
+        job.srun("srun: error: node[1-2]: tasks 0-1: Terminated")
         assert job.end(143) == ("requeue", "stopped")
 
 
 def test_a_limit_too_short_for_a_checkpoint_is_given_up(job: Job) -> None:
     for _ in range(MAX_FRUITLESS - 1):
         job.begin()
+        job.srun("srun: error: node1: task 0: User defined signal 2")
         assert job.end(140) == ("requeue", "limit")
     job.begin()
+    job.srun("srun: error: node1: task 0: User defined signal 2")
     assert job.end(140) == ("give_up", "limit")
+
+
+def test_ranks_that_srun_ended_after_a_crash_do_not_hide_it(job: Job) -> None:
+    """As srun 22.05 prints it, with an exit status of 143, when the first rank is killed."""
+    job.begin()
+    job.srun(
+        "srun: error: node1: task 0: Killed",
+        "srun: launch/slurm: _step_signal: Terminating StepId=26.0",
+        "srun: error: node2: task 1: Terminated",
+    )
+    assert job.end(143) == ("requeue", "crashed")
+    assert attempts(job.run)[-1].reason == "the first rank to fail was on node1: Killed"
