@@ -70,7 +70,7 @@ class Cluster(Workplace):
     def command(self, *command: str, check: bool = True) -> str:
         """Standard output of a command."""
         result = subprocess.run(
-            command, cwd=self.folder, env=self.environment(), text=True, capture_output=True, timeout=60
+            command, cwd=self.folder, env=self.environment(), text=True, capture_output=True, timeout=120
         )
         assert not check or result.returncode == 0, f"{command}: {result.stdout}{result.stderr}"
         return result.stdout.strip()

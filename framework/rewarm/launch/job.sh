@@ -35,11 +35,14 @@ fi
 # Nodes that SLURM would still give us if it avoided those in $1.
 count_without() {
     sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --states=idle,allocated,mixed,completing --format=%N |
-        sort -u | grep -vxFf <(tr , '\n' <<<"$1") | wc -l
+        sort -u | grep -vxFf <(scontrol show hostnames "$1") | wc -l
 }
 
 case $next in
 requeue)
+    # What was excluded before stays so.
+    before=$(scontrol show job --oneliner "$SLURM_JOB_ID" | grep -oP '\bExcNodeList=\K[^ ]+' | grep -v null)
+    [ -z "$exclude" ] || exclude+=${before:+,$before}
     if [ -n "$exclude" ] && [ "$(count_without "$exclude")" -lt "$SLURM_JOB_NUM_NODES" ]; then
         echo "rewarm: too few other nodes to avoid $exclude" >&2
         exclude=
