@@ -27,7 +27,9 @@ prepare_environment() {
         python=$(find_python)
         echo "installing into .venv (one to three minutes the first time) ..."
         [ -x .venv/bin/python ] || "$python" -m venv .venv
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".$extra"
+        # One word for each package, so that a slow network looks different from a hang.
+        .venv/bin/python -m pip install --disable-pip-version-check --no-warn-script-location --editable ".$extra" |
+            sed -un -e 's/^ *Collecting \([A-Za-z0-9_.-]*\).*/  \1/p' -e 's/^Installing collected.*/  installing .../p'
         echo "$wanted" > "$stamp"
     fi
     source .venv/bin/activate

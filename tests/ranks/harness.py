@@ -5,8 +5,10 @@ The ranks are forked from a server that has imported torch and Megatron-Core onc
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -86,6 +88,9 @@ def _collect(receivers: Sequence[Connection], timeout: float) -> list[Any]:
 def _rank_main(
     sender: Connection, function: Callable[..., Any], arguments: Sequence[Any], rank: int, size: int, port: int
 ) -> None:
+    # The fork server ends with the test process, and the ranks with the fork server.
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

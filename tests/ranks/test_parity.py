@@ -90,15 +90,18 @@ def test_bfloat16_follows_single_process(layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["tensor 2", "tensor 2, sequence"])
-def test_query_key_norm_and_bias_follow_single_process(layout: str) -> None:
+@pytest.mark.parametrize(
+    "model", [{"family": "qwen2", "qkv_bias": True}, {"family": "qwen3", "qk_norm": True, "head_dim": 24}]
+)
+def test_query_key_norm_and_bias_follow_single_process(layout: str, model: dict[str, Any]) -> None:
     num_ranks, parallel = LAYOUTS[layout]
-    check(num_ranks, parallel, {"model": {"qk_norm": True, "qkv_bias": True, "head_dim": 24}})
+    check(num_ranks, parallel, {"model": model})
 
 
 @pytest.mark.parametrize("layout", ["tensor 2, sequence", "pipeline 2"])
 def test_recomputation_changes_nothing(layout: str) -> None:
     num_ranks, parallel = LAYOUTS[layout]
-    plain = {"model": {"qk_norm": True}}
+    plain = {"model": {"family": "qwen3", "qk_norm": True}}
     expected = single(plain)
     assert difference(single({**plain, "activation_recomputation": "full"}), expected) == 0
     results = run_ranks(

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from ranks.tiny import global_batch, local_batch, tiny_engine
+from ranks.tiny import DOMAINS, VOCAB_SIZE, global_batch, local_batch, tiny_config, tiny_engine
 from rewarm.engine.base import StepResult
+from rewarm.engine.build import build_engine
 from rewarm.engine.megatron import engine as engine_module
 from rewarm.engine.megatron.engine import MegatronEngine
 from rewarm.engine.megatron.initialize import global_parameters
 from rewarm.errors import UserError
+from rewarm.model.architecture import Architecture
 
 LEARNING_RATE = 1e-3
 
@@ -86,6 +91,17 @@ def load_and_continue(
     return results
 
 
+def continue_parent(settings: dict[str, Any], folder: Path, before: int, after: int) -> list[StepResult]:
+    """As :func:`load_and_continue` of a stage with a parent, whose weights are undefined before: not a number."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN
+    model = tiny_config(**settings).model
+    assert model is not None
+    config = tiny_config(**{**settings, "model": None, "parent": "elsewhere"})
+    engine = build_engine(config, Architecture.from_config(model, VOCAB_SIZE), DOMAINS)
+    engine.load(folder)
+    return [engine.train_step(local_batch(engine, before + step), LEARNING_RATE) for step in range(after)]
+
+
 def optimizer_settings(settings: dict[str, Any], folder: Path) -> dict[str, set[Any]]:
     """What the parameter groups hold after a load."""
     engine = tiny_engine(settings)
@@ -117,3 +133,22 @@ def fail_to_load(settings: dict[str, Any], folder: Path) -> str:
     except UserError as error:
         return str(error)
     return "loaded"
+
+
+def identity() -> tuple[str, int]:
+    """This rank's number and process."""
+    return os.environ["RANK"], os.getpid()
+
+
+def hang_on_rank_one(folder: Path) -> None:
+    """Leave the process number behind; rank 1 never returns."""
+    (folder / str(os.getpid())).touch()
+    if os.environ["RANK"] == "1":
+        time.sleep(3600)
+
+
+def die_on_rank_one() -> None:
+    """Rank 1 ends at once, rank 0 waits for it."""
+    if os.environ["RANK"] == "1":
+        os._exit(3)
+    time.sleep(3600)

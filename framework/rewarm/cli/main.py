@@ -11,7 +11,7 @@ from pathlib import Path
 
 import typer
 
-from rewarm.cli import config, data
+from rewarm.cli import config, data, mixture
 from rewarm.cli.cancel import cancel
 from rewarm.cli.doctor import doctor
 from rewarm.cli.evaluate import evaluate
@@ -43,6 +43,7 @@ app.command("import")(import_)
 app.command("export")(export)
 app.add_typer(data.app, name="data")
 app.add_typer(config.app, name="config")
+app.add_typer(mixture.app, name="mixture")
 app.command("doctor")(doctor)
 
 

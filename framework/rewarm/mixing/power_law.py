@@ -8,8 +8,9 @@ import numpy as np
 
 from rewarm.errors import UserError
 
-_EXPONENTS = (0.1, 0.3, 0.6, 1.0)
-_LIMIT_SHARES = (0.2, 0.6, 0.9)
+_GRID = 33
+_REFINEMENTS = 6
+_REWEIGHTINGS = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +35,16 @@ class PowerLaw:
 
 
 def fit_power_law(amounts: np.ndarray, losses: np.ndarray, robustness: float = 1e-3) -> PowerLaw:
-    """Fit three numbers to a loss curve, by Huber's loss on log residuals from a fixed grid of starts.
+    """Fit three numbers to a loss curve, by Huber's loss on relative residuals.
 
-    Points along one decaying learning rate bend the fit: take them from a constant rate.
+    For a given exponent limit and scale are a robust linear regression; the exponent is found on a grid that is refined
+    around its best point, so the result does not depend on a start. Points along one decaying learning rate bend the
+    fit: take them from a constant rate.
 
     Args:
         amounts: float64 [T], tokens or steps, positive; T at least 4.
         losses: float64 [T], nats per token.
-        robustness: log residual from which on a point counts linearly; 1e-3 as in Hoffmann et al. 2022.
+        robustness: relative residual from which on a point counts linearly; 1e-3 as in Hoffmann et al. 2022.
 
     Returns:
         The law; limit and scale are not negative, the exponent is between 0.01 and 3.
@@ -49,8 +52,6 @@ def fit_power_law(amounts: np.ndarray, losses: np.ndarray, robustness: float = 1
     Raises:
         UserError: if there are fewer than 4 different amounts, or a value is not positive and finite.
     """
-    from scipy.optimize import least_squares
-
     amounts, losses = np.asarray(amounts, dtype=np.float64), np.asarray(losses, dtype=np.float64)
     if len(np.unique(amounts)) < 4:
         raise UserError(
@@ -60,31 +61,38 @@ def fit_power_law(amounts: np.ndarray, losses: np.ndarray, robustness: float = 1
     if not (np.isfinite(losses).all() and (losses > 0).all() and (amounts > 0).all()):
         raise UserError("a loss curve holds a value that is not positive and finite")
     unit = float(np.exp(np.log(amounts).mean()))
-    relative = amounts / unit
+    low, high = 0.01, 3.0
+    for _ in range(_REFINEMENTS):
+        exponents = np.geomspace(low, high, _GRID)
+        costs, limits, scales = _regress((amounts / unit) ** -exponents[:, None], losses, robustness)
+        best = int(np.argmin(costs))
+        low, high = exponents[max(0, best - 1)], exponents[min(_GRID - 1, best + 1)]
+    limit, scale, exponent = float(limits[best]), float(scales[best]), float(exponents[best])
+    predicted = limit + scale * (amounts / unit) ** -exponent
+    return PowerLaw(limit, scale * unit**exponent, exponent, tuple((predicted - losses).tolist()))
 
-    def residuals(parameters: np.ndarray) -> np.ndarray:
-        limit, log_scale, exponent = parameters
-        return np.log(limit + np.exp(log_scale) * relative**-exponent) - np.log(losses)
 
-    lowest = float(losses.min())
-    fits = []
-    for exponent in _EXPONENTS:
-        for share in _LIMIT_SHARES:
-            start = [share * lowest, np.log(max(float(losses.mean()) - share * lowest, 1e-6)), exponent]
-            fits.append(
-                least_squares(
-                    residuals,
-                    start,
-                    bounds=([0.0, -30.0, 0.01], [lowest, 30.0, 3.0]),
-                    loss="huber",
-                    f_scale=robustness,
-                    x_scale=[lowest, 1.0, 1.0],
-                    xtol=1e-12,
-                    ftol=1e-12,
-                    gtol=1e-12,
-                )
-            )
-    limit, log_scale, exponent = min(fits, key=lambda fit: float(fit.cost)).x
-    predicted = limit + np.exp(log_scale) * relative**-exponent
-    scale = float(np.exp(log_scale) * unit**exponent)
-    return PowerLaw(float(limit), scale, float(exponent), tuple((predicted - losses).tolist()))
+def _regress(falls: np.ndarray, losses: np.ndarray, robustness: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Robust ``losses = limit + scale * falls`` for many candidates at once, by reweighted least squares.
+
+    Args:
+        falls: float64 [G, T].
+        losses: float64 [T].
+        robustness: as in :func:`fit_power_law`.
+
+    Returns:
+        Costs, limits and scales, each float64 [G].
+    """
+    constant, slope = 1 / losses, falls / losses
+    trust = np.ones_like(falls)
+    for _ in range(_REWEIGHTINGS):
+        cc, cs, ss = (trust * constant**2).sum(1), (trust * constant * slope).sum(1), (trust * slope**2).sum(1)
+        c, s = (trust * constant).sum(1), (trust * slope).sum(1)
+        determinant = np.maximum(cc * ss - cs**2, 1e-300)
+        limits, scales = (c * ss - s * cs) / determinant, (s * cc - c * cs) / determinant
+        limits, scales = np.where(scales < 0, c / cc, limits), np.maximum(scales, 0.0)
+        scales, limits = np.where(limits < 0, s / ss, scales), np.maximum(limits, 0.0)
+        residuals = np.abs(limits[:, None] * constant + scales[:, None] * slope - 1)
+        trust = robustness / np.maximum(residuals, robustness)
+    huber = np.where(residuals <= robustness, residuals**2 / 2, robustness * (residuals - robustness / 2))
+    return huber.sum(1), limits, scales

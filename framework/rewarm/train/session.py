@@ -130,6 +130,8 @@ def _weight_log(stage: Stage, *, started: bool) -> list[WeightEntry]:
     if not started:
         weights = dict(zip(stage.names, stage.initial_weights.tolist(), strict=True))
         weight_log.append(0, weights, f"start: {stage.config.mixture.mixer}")
+        for entry in stage.planned:
+            weight_log.append(entry.sample, entry.weights, entry.reason)
     return weight_log.entries()
 
 

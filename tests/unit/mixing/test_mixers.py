@@ -254,3 +254,23 @@ def test_values_by_domain_name_what_is_wrong() -> None:
         by_domain({"a": 1.0}, ["a", "b"], "targets")
     with pytest.raises(UserError, match="of domain 'a' is nan"):
         by_domain({"a": math.nan}, ["a"], "targets")
+
+
+def test_velocitune_with_true_targets_ends_at_natural_exposure() -> None:
+    """Without transfer between domains and with ideal targets, many updates bring every domain to its target together,
+    which is the natural mixture: what the method can gain must come from order and transfer."""
+    rng = np.random.default_rng(3)
+    natural = rng.dirichlet(np.full(7, 3.0))
+    limit, scale, exponent = rng.uniform(1, 2, 7), rng.uniform(0.5, 3, 7), rng.uniform(0.2, 0.6, 7)
+
+    def losses(seen: np.ndarray) -> np.ndarray:
+        return limit + scale * (1 + 100 * seen) ** -exponent
+
+    updates = 2000
+    mixer = VelocituneMixer([f"d{i}" for i in range(7)], np.full(7, 1 / 7), losses(natural), losses(np.zeros(7)))
+    seen_share = np.zeros(7)
+    for step in range(updates):
+        seen_share += mixer.weights / updates
+        mixer.update(Observation(step, losses=losses(seen_share)))
+    np.testing.assert_allclose(seen_share, natural, rtol=0.05)
+    assert np.std(mixer.velocities) < 0.01

@@ -27,6 +27,7 @@ from torch.nn.functional import silu
 
 from rewarm.config.run import RunConfig
 from rewarm.engine import device
+from rewarm.engine.megatron.activation import SwiGLU
 from rewarm.engine.megatron.attention import LocalCore, SDPACore, with_rotary
 from rewarm.engine.megatron.loss import token_losses
 from rewarm.engine.megatron.norm import RMSNorm
@@ -66,6 +67,8 @@ def decoder_config(config: RunConfig, architecture: Architecture) -> DecoderConf
         layernorm_epsilon=architecture.norm_epsilon,
         gated_linear_unit=True,
         activation_func=silu,
+        # Takes the activation from the layer's specification, where ours stands.
+        use_te_activation_func=config.megatron.attention != "transformer_engine",
         add_bias_linear=False,
         add_qkv_bias=architecture.qkv_bias,
         qk_layernorm=architecture.qk_norm,
@@ -132,6 +135,7 @@ def layer_spec(attention: str, qk_norm: bool) -> ModuleSpec:
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
     parts = spec.submodules.self_attention.submodules
     parts.core_attention = SDPACore if attention == "sdpa" else LocalCore
+    spec.submodules.mlp.submodules.activation_func = SwiGLU
     if qk_norm:
         parts.q_layernorm = parts.k_layernorm = RMSNorm
     return spec
