@@ -53,7 +53,7 @@ def check_device() -> None:
     """Look at this rank's device before it joins the others.
 
     Raises:
-        NodeFault: if the GPU is missing, mostly occupied, or computes wrongly.
+        NodeFault: if the GPU is missing, does not answer, or is mostly occupied.
     """
     import torch
 
@@ -64,7 +64,8 @@ def check_device() -> None:
     visible = os.environ.get("SLURM_GPUS_ON_NODE") or os.environ.get("SLURM_GPUS_PER_NODE")
     if not device.is_gpu():
         if visible and visible != "0":
-            raise NodeFault(this_node(), f"SLURM gave {visible} GPUs, but torch finds none: see nvidia-smi there")
+            why = "this torch is built without CUDA" if torch.version.cuda is None else "see nvidia-smi there"
+            raise NodeFault(this_node(), f"SLURM gave {visible} GPUs, but torch finds none: {why}")
         return
     local, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if local >= found:
