@@ -92,7 +92,7 @@ setup(
     python_requires=">=3.11",
     package_dir={"": "framework"},
     packages=find_packages("framework"),
-    package_data={"rewarm": ["py.typed"]},
+    package_data={"rewarm": ["py.typed", "launch/job.sh"]},
     ext_modules=libraries(),
     cmdclass={"build_ext": PlainLibraries},
     install_requires=VERSIONS["requirement_lines"](),

@@ -34,3 +34,17 @@ prepare_environment() {
     fi
     source .venv/bin/activate
 }
+
+# prepare_slurm: Debian's SLURM for the tests that start one of their own, where this may be installed. Its daemons are
+# not started by the installation; without it those tests are skipped and say so.
+prepare_slurm() {
+    if command -v sbatch >/dev/null || [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+        return
+    fi
+    echo "installing slurm-wlm and munge for the tests of job submission ..."
+    # What apt has to say matters only if it fails; an image may come without package lists.
+    if ! { apt-get update -qq && RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive \
+        apt-get install -y -qq --no-install-recommends slurm-wlm munge; } >/tmp/rewarm-apt.log 2>&1; then
+        echo "SLURM could not be installed (see /tmp/rewarm-apt.log): its tests are skipped" >&2
+    fi
+}
