@@ -60,15 +60,98 @@ def weights(engine: DeepSpeedEngine, scratch: Path) -> dict[str, np.ndarray]:
 
 
 def one_step(folder: Path, cases: Sequence[dict[str, Any]], scratch: Path) -> list[dict[str, np.ndarray]]:
-    """The weights after one step of each configuration."""
+    """The weights after one step of each configuration, at a learning rate of 1."""
     found = []
     for settings in cases:
         with opened(folder, settings) as engine:
-            steps(engine, 0, 1)
+            engine.train_step(share(engine, global_batch(0)), 1.0)
             found.append(weights(engine, scratch))
     return found
 
 
-def threads() -> int:
-    """Threads that torch uses here."""
-    return torch.get_num_threads()
+def save_all(folder: Path, cases: Sequence[dict[str, Any]], target: Path) -> list[list[StepResult]]:
+    """Train each configuration for three steps, save it, and train on for three."""
+    results = []
+    for number, settings in enumerate(cases):
+        with opened(folder, settings) as engine:
+            steps(engine, 0, 3)
+            if engine.is_main:
+                (target / str(number)).mkdir()
+            engine.barrier()
+            engine.save(target / str(number))
+            results.append(steps(engine, 3, 3))
+    return results
+
+
+def load_all(
+    folder: Path, cases: Sequence[dict[str, Any]], saved: Sequence[Path], optimizer: bool = True
+) -> list[list[list[StepResult]]]:
+    """Three more steps from every checkpoint, under every configuration."""
+    results = []
+    for settings in cases:
+        with opened(folder, settings, fill=False) as engine:
+            found = []
+            for checkpoint in saved:
+                engine.load(checkpoint, optimizer=optimizer)
+                found.append(steps(engine, 3, 3))
+            results.append(found)
+    return results
+
+
+def evaluate_all(folder: Path, cases: Sequence[dict[str, Any]], tokens: np.ndarray) -> list[dict[str, Any]]:
+    """Held-out losses, logits and what a dry run and a bad gradient leave behind, for every configuration."""
+    found = []
+    for settings in cases:
+        with opened(folder, settings) as engine:
+            batch = share(engine, global_batch(0))
+            before = engine.evaluate(tokens, 3)
+            random = engine.rng_state()["cpu"].clone()
+            engine.dry_run(batch)
+            skipped = _step_on_a_bad_gradient(engine, batch)
+            found.append(
+                {
+                    "losses": before,
+                    "after": engine.evaluate(tokens, 3),
+                    "random": torch.equal(random, engine.rng_state()["cpu"]),
+                    "skipped": skipped,
+                    "logits": engine.next_token_logits(tokens[0, :7]),
+                    "parameters": engine.parameter_count(),
+                    "first": steps(engine, 0, 1)[0],
+                }
+            )
+    return found
+
+
+def _step_on_a_bad_gradient(engine: DeepSpeedEngine, batch: Batch) -> StepResult:
+    """A step whose gradient is infinite on one rank only."""
+    handle = None
+    if engine.rank == engine.world_size - 1:
+        output = engine.deepspeed.module.get_output_embeddings()
+        handle = output.register_forward_hook(lambda module, given, logits: logits * _Infinite.apply(logits))
+    result = engine.train_step(batch, LEARNING_RATE)
+    if handle is not None:
+        handle.remove()
+    return result
+
+
+class _Infinite(torch.autograd.Function):
+    """Ones whose gradient is infinite."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
+        return torch.ones_like(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(gradients[0], float("inf"))
+
+
+def families(folders: Sequence[Path], settings: dict[str, Any], target: Path) -> list[np.ndarray]:
+    """Import each model, train one step, export it; the logits of the engine."""
+    logits = []
+    for folder in folders:
+        with opened(folder, settings) as engine:
+            steps(engine, 0, 1)
+            engine.export_huggingface(target / folder.name, tokenizer=None)
+            logits.append(engine.next_token_logits(global_batch(9).tokens[0, :11]))
+    return logits

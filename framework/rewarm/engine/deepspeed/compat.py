@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import io
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 from rewarm import versions
@@ -32,9 +35,22 @@ def load_deepspeed() -> Any:
     return deepspeed
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Swallow what DeepSpeed prints, such as its memory reports, unless ``REWARM_DEBUG`` is set."""
+    if os.environ.get("REWARM_DEBUG"):
+        yield
+        return
+    with redirect_stdout(io.StringIO()):
+        yield
+
+
 def adopt_process_group(deepspeed: Any) -> None:
     """Let DeepSpeed use the default process group, which this process has joined already."""
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it even where nobody launched anything
+    if not device.is_gpu():
+        # It counts CPUs by starting numactl, several times a step.
+        os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     # On a CPU DeepSpeed would first compile a shared-memory all-reduce, half a minute for an operation that only
     # inference uses, behind a lock file that hangs every later start if the compilation is killed.
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]

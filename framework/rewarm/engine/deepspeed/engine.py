@@ -62,17 +62,17 @@ class DeepSpeedEngine(Collectives, Engine):
     def _initialize(self) -> None:
         config, stage = self.config, self.config.deepspeed.zero_stage
         deepspeed = compat.load_deepspeed()
-        compat.adopt_process_group(deepspeed)
+        with compat.quiet():
+            compat.adopt_process_group(deepspeed)
         values = deepspeed_json(config, self.layout.data)
         # Dropout differs between model copies and agrees within one.
         torch.manual_seed(config.seed + self.data_parallel_rank)
-        module = build_model(config, self.model, deepspeed, values)
-        self.deepspeed, _, _, _ = deepspeed.initialize(
-            model=module,
-            optimizer=build_optimizer(config, module),
-            config=values,
-            dist_init_required=False,
-        )
+        with compat.quiet():
+            module = build_model(config, self.model, deepspeed, values)
+            optimizer = build_optimizer(config, module)
+            self.deepspeed, _, _, _ = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=values, dist_init_required=False
+            )
         self._partitions = open_partitions(
             self.deepspeed,
             stage,

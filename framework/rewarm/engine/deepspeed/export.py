@@ -88,7 +88,7 @@ def _attempt(writer: TensorWriter | None, name: str, tensor: Tensor) -> Exceptio
 
 def _whole_parameters(module: nn.Module, shards: Shards) -> Iterator[tuple[str, Tensor]]:
     """Every parameter as it was before ZeRO and AutoTP cut it. Collective."""
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     for name, parameter in module.named_parameters():
         with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")), torch.no_grad():

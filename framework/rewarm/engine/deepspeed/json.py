@@ -34,7 +34,6 @@ def deepspeed_json(config: RunConfig, data_parallel_size: int) -> dict[str, Any]
     batch, settings = config.batch, config.deepspeed
     half = config.precision == "bfloat16"
     values: dict[str, Any] = {
-        "train_batch_size": batch.global_batch_size,
         "train_micro_batch_size_per_gpu": batch.micro_batch_size,
         "gradient_accumulation_steps": batch.global_batch_size // (batch.micro_batch_size * data_parallel_size),
         "managed_gradient_accumulation": True,
@@ -59,7 +58,10 @@ def deepspeed_json(config: RunConfig, data_parallel_size: int) -> dict[str, Any]
         "zero_optimization": _zero(settings),
         "wall_clock_breakdown": False,
     }
-    if config.parallel.tensor > 1:
+    if config.parallel.tensor == 1:
+        # DeepSpeed would multiply it by the tensor ranks, and check that.
+        values["train_batch_size"] = batch.global_batch_size
+    else:
         values["tensor_parallel"] = {
             "autotp_size": config.parallel.tensor,
             "tp_overlap_comm": False,

@@ -95,7 +95,8 @@ def build_model(config: RunConfig, model: HuggingFaceModel, deepspeed: Any, valu
                 f"{model.model_type} models",
                 fix="set activation_recomputation=none",
             )
-        built.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with quiet_transformers():  # version 5 has another name for it and says so
+            built.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if settings.zero_stage == 3 and config.parallel.tensor == 1:
         _cut(built, deepspeed, values)
     return built.train()

@@ -69,8 +69,9 @@ class Shards:
         """This rank's shard of a whole parameter, both flattened."""
         found = self.maps[name]
         shard = whole.new_empty(math.prod(found.shard_shapes[self.rank]))
+        source = _from_its_start(whole)
         for piece in found.pieces_by_rank[self.rank]:
-            piece.dest_view(shard).copy_(piece.source_view(whole.contiguous()))
+            piece.dest_view(shard).copy_(piece.source_view(source))
         return shard
 
     def join(self, name: str, shard: Tensor) -> Tensor:
@@ -85,5 +86,12 @@ class Shards:
 
 def place(cut: Any, rank: int, shard: Tensor, whole: Tensor) -> None:
     """Put one tensor rank's shard into the whole parameter, both flattened."""
+    source = _from_its_start(shard)
     for piece in cut.pieces_by_rank[rank]:
-        piece.source_view(whole).copy_(piece.dest_view(shard.contiguous()))
+        piece.source_view(whole).copy_(piece.dest_view(source))
+
+
+def _from_its_start(tensor: Tensor) -> Tensor:
+    """A flat tensor whose storage begins with it: pieces count from the beginning of the storage."""
+    flat = tensor.reshape(-1)
+    return flat.clone() if flat.storage_offset() else flat
