@@ -84,15 +84,15 @@ def save_all(folder: Path, cases: Sequence[dict[str, Any]], target: Path) -> lis
 
 
 def load_all(
-    folder: Path, cases: Sequence[dict[str, Any]], saved: Sequence[Path], optimizer: bool = True
+    folder: Path, cases: Sequence[dict[str, Any]], saved: Sequence[Sequence[Path]]
 ) -> list[list[list[StepResult]]]:
-    """Three more steps from every checkpoint, under every configuration."""
+    """Three more steps from each of some checkpoints, under every configuration."""
     results = []
-    for settings in cases:
+    for settings, checkpoints in zip(cases, saved, strict=True):
         with opened(folder, settings, fill=False) as engine:
             found = []
-            for checkpoint in saved:
-                engine.load(checkpoint, optimizer=optimizer)
+            for checkpoint in checkpoints:
+                engine.load(checkpoint)
                 found.append(steps(engine, 3, 3))
             results.append(found)
     return results

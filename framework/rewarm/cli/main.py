@@ -12,6 +12,7 @@ from pathlib import Path
 import typer
 
 from rewarm.cli import config, data
+from rewarm.cli.convert import convert
 from rewarm.cli.doctor import doctor
 from rewarm.cli.evaluate import evaluate
 from rewarm.cli.export import export
@@ -32,6 +33,7 @@ app.command("train")(train)
 app.command("evaluate")(evaluate)
 app.command("import")(import_)
 app.command("export")(export)
+app.command("convert")(convert)
 app.add_typer(data.app, name="data")
 app.add_typer(config.app, name="config")
 app.command("doctor")(doctor)

@@ -59,6 +59,11 @@ def adopt_process_group(deepspeed: Any) -> None:
     )
 
 
+def leave_process_group() -> None:
+    """Let DeepSpeed forget the default process group, which is about to be destroyed."""
+    importlib.import_module("deepspeed.comm.comm").cdb = None  # type: ignore[attr-defined]
+
+
 def forget_groups() -> None:
     """Drop the groups of an engine that is gone, so that another one in this process makes its own."""
     from deepspeed.utils import groups

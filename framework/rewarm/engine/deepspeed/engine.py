@@ -237,5 +237,6 @@ class DeepSpeedEngine(Collectives, Engine):
     def close(self) -> None:
         """See :meth:`Engine.close`."""
         self.release()
+        compat.leave_process_group()
         if dist.is_initialized():
             dist.destroy_process_group()

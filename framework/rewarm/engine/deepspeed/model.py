@@ -87,6 +87,7 @@ def build_model(config: RunConfig, model: HuggingFaceModel, deepspeed: Any, valu
         except (ValueError, ImportError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"transformers cannot build this {model.model_type} model: {reason}") from error
+    built.tie_weights()  # which belongs to the initialisation that was left out
     built.config.use_cache = False
     if config.activation_recomputation == "full":
         if not getattr(built, "supports_gradient_checkpointing", False):
