@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import cross_entropy
+
 from ranks.tiny import DOMAINS, GLOBAL_BATCH_SIZE, SEQUENCE_LENGTH, VOCAB_SIZE, global_batch
 from rewarm.config.load import build
 from rewarm.config.run import RunConfig
 from rewarm.engine.base import Batch
-from torch.nn.functional import cross_entropy
 
 LEARNING_RATE = 1e-3
 

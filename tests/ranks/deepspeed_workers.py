@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from ranks.deepspeed_models import LEARNING_RATE, deepspeed_config, masked_batch
 from ranks.tiny import DOMAINS, global_batch
 from rewarm.engine.base import Batch, StepResult
