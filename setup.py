@@ -21,8 +21,18 @@ ROOT = Path(__file__).parent
 VERSIONS = runpy.run_path(str(ROOT / "framework" / "rewarm" / "versions.py"))
 NATIVE = runpy.run_path(str(ROOT / "framework" / "rewarm" / "native.py"))
 # Contraction is off because the update must round alike on every instruction set (csrc/common/adamw.h).
-CXX_FLAGS = "-std=c++17 -O3 -fopenmp -fPIC -shared -ffp-contract=off -fno-math-errno -fvisibility=default -Wall".split()
-NVCC_FLAGS = "-std=c++17 -O3 -shared -Xcompiler -fPIC --cudart static".split()
+CXX_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fopenmp",
+    "-fPIC",
+    "-shared",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fvisibility=default",
+    "-Wall",
+]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC", "--cudart", "static"]
 
 
 def find_nvcc() -> str | None:
@@ -82,7 +92,7 @@ setup(
     python_requires=">=3.11",
     package_dir={"": "framework"},
     packages=find_packages("framework"),
-    package_data={"rewarm": ["py.typed"]},
+    package_data={"rewarm": ["py.typed", "launch/job.sh"]},
     ext_modules=libraries(),
     cmdclass={"build_ext": PlainLibraries},
     install_requires=VERSIONS["requirement_lines"](),

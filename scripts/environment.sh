@@ -27,8 +27,24 @@ prepare_environment() {
         python=$(find_python)
         echo "installing into .venv (one to three minutes the first time) ..."
         [ -x .venv/bin/python ] || "$python" -m venv .venv
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".$extra"
+        # One word for each package, so that a slow network looks different from a hang.
+        .venv/bin/python -m pip install --disable-pip-version-check --no-warn-script-location --editable ".$extra" |
+            sed -un -e 's/^ *Collecting \([A-Za-z0-9_.-]*\).*/  \1/p' -e 's/^Installing collected.*/  installing .../p'
         echo "$wanted" > "$stamp"
     fi
     source .venv/bin/activate
+}
+
+# prepare_slurm: Debian's SLURM for the tests that start one of their own, where this may be installed. Its daemons are
+# not started by the installation; without it those tests are skipped and say so.
+prepare_slurm() {
+    if command -v sbatch >/dev/null || [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+        return
+    fi
+    echo "installing slurm-wlm and munge for the tests of job submission ..."
+    # What apt has to say matters only if it fails; an image may come without package lists.
+    if ! { apt-get update -qq && RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive \
+        apt-get install -y -qq --no-install-recommends slurm-wlm munge; } >/tmp/rewarm-apt.log 2>&1; then
+        echo "SLURM could not be installed (see /tmp/rewarm-apt.log): its tests are skipped" >&2
+    fi
 }

@@ -6,6 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
 prepare_environment test
+prepare_slurm
 
 if [ $# -eq 0 ]; then
     ruff check .

@@ -21,6 +21,19 @@ class UserError(ValueError):
         super().__init__(message if fix is None else f"{message}\n  fix: {fix}")
 
 
+class NodeFault(RuntimeError):
+    """A machine is not fit to train on; another one may well be.
+
+    Args:
+        node: its name.
+        message: what is wrong with it.
+    """
+
+    def __init__(self, node: str, message: str) -> None:
+        self.node = node
+        super().__init__(f"node {node}: {message}")
+
+
 def nearest(name: str, known: list[str]) -> str | None:
     """The known name closest to a misspelt one, or None when nothing is close."""
     import difflib

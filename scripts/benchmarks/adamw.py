@@ -35,9 +35,8 @@ def build_deepspeed(threads: int, timeout: int) -> tuple[Any | None, str]:
     previous = signal.signal(signal.SIGALRM, expire)
     signal.alarm(timeout)
     try:
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
         import torch
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         DeepSpeedCPUAdam([torch.zeros(16, requires_grad=True)])
         return DeepSpeedCPUAdam, "built"

@@ -118,3 +118,33 @@ def inspect(
     for sample in shown.samples:
         console.rule(f"document {sample.document:,}, {sample.num_tokens:,} tokens")
         console.print(Text(sample.text))
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the tokenizer and domains.")] = Path(
+        "data/demo"
+    ),
+    vocab_size: Annotated[int, typer.Option(help="Entries of the tokenizer.")] = 2048,
+    megabytes: Annotated[float, typer.Option(help="Most text of a domain, in 10^6 bytes.")] = 3.0,
+) -> None:
+    """Gather three small domains of real text that is installed anyway: english, python and cpp.
+
+    English: help topics, package descriptions and docstrings. Python: the standard library. C++: torch's headers.
+    A second call finds that nothing changed.
+
+    Example: rewarm data demo --output data/demo
+    """
+    from rich.console import Console
+
+    from rewarm.data.demo import make_demo
+    from rewarm.data.summary import build_table, progress_on
+
+    console = Console()
+    with progress_on(console, "demo") as on_progress:
+        made = make_demo(output, vocab_size, megabytes, on_progress)
+    if not made.changed:
+        console.print(f"{output} is up to date; nothing to do.")
+    for folder, info in made.domains.values():
+        console.print(build_table(folder, info))
+    console.print(f"tokenizer: {made.tokenizer}")

@@ -11,14 +11,19 @@ from pathlib import Path
 
 import typer
 
-from rewarm.cli import config, data
+from rewarm.cli import config, data, mixture
+from rewarm.cli.cancel import cancel
 from rewarm.cli.convert import convert
 from rewarm.cli.doctor import doctor
 from rewarm.cli.evaluate import evaluate
 from rewarm.cli.export import export
 from rewarm.cli.import_ import import_
+from rewarm.cli.logs import logs
+from rewarm.cli.status import status
+from rewarm.cli.submit import submit
 from rewarm.cli.train import train
-from rewarm.errors import UserError
+from rewarm.errors import NodeFault, UserError
+from rewarm.launch.environment import this_node
 from rewarm.launch.local import ERROR_FOLDER
 
 app = typer.Typer(
@@ -30,17 +35,25 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("train")(train)
+app.command("submit")(submit)
+app.command("status")(status)
+app.command("logs")(logs)
+app.command("cancel")(cancel)
 app.command("evaluate")(evaluate)
 app.command("import")(import_)
 app.command("export")(export)
 app.command("convert")(convert)
 app.add_typer(data.app, name="data")
 app.add_typer(config.app, name="config")
+app.add_typer(mixture.app, name="mixture")
 app.command("doctor")(doctor)
 
 
 def main() -> None:
-    """Entry point. Exit status: 0 done, 1 an error of ours, 2 something the user can mend, 130 interrupted."""
+    """Entry point.
+
+    Exit status: 0 done, 1 an error of ours, 2 something the user can mend, 3 an unfit machine, 130 interrupted.
+    """
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     if debug:
@@ -50,16 +63,18 @@ def main() -> None:
     try:
         app(args=arguments, prog_name="rewarm")
     except UserError as error:
-        _fail(f"rewarm: {error}", status=2, clear=True, debug=debug)
+        _fail(f"rewarm: {error}", status=2, kind="user", debug=debug)
+    except NodeFault as error:
+        _fail(f"rewarm: {error}", status=3, kind="node", debug=debug, host=error.node)
     except KeyboardInterrupt:
-        _fail("rewarm: interrupted", status=130, clear=True, debug=False)
+        _fail("rewarm: interrupted", status=130, kind="interrupted", debug=False)
     except Exception as error:
         text = "".join(traceback.format_exception(error)) if debug else f"rewarm: {type(error).__name__}: {error}"
         _fail(f"{text.rstrip()}\n  this is not a usage error; run again with --debug for the stack trace",
-              status=1, clear=False, debug=debug)  # fmt: skip
+              status=1, kind="crash", debug=debug)  # fmt: skip
 
 
-def _fail(text: str, *, status: int, clear: bool, debug: bool) -> None:
+def _fail(text: str, *, status: int, kind: str, debug: bool, host: str | None = None) -> None:
     """Print a message, or leave it for the launcher of these ranks, and end the process.
 
     ``os._exit`` because other ranks may be inside a collective with this one: an orderly shutdown of the process group
@@ -70,7 +85,8 @@ def _fail(text: str, *, status: int, clear: bool, debug: bool) -> None:
     folder = os.environ.get(ERROR_FOLDER)
     rank = int(os.environ.get("RANK", "0"))
     if folder:
-        report = {"rank": rank, "time": time.time(), "text": text, "clear": clear}
+        host = host or this_node()
+        report = {"rank": rank, "time": time.time(), "text": text, "clear": kind != "crash", "kind": kind, "host": host}
         partial = Path(folder) / f".rank-{rank}"
         partial.write_text(json.dumps(report))
         partial.rename(Path(folder) / f"rank-{rank}.json")

@@ -19,9 +19,9 @@ class DomainConfig(Section):
     held_out: str | None = None
     """Prefix of a .bin/.idx pair to evaluate on; null means the folder's own held-out split, or, for a bare
     pair, its last documents (see held_out_fraction)."""
-    held_out_fraction: float = Field(0.01, gt=0, lt=1)
+    held_out_fraction: float = Field(default=0.01, gt=0, lt=1)
     """Share of the tokens of a bare .bin/.idx pair that is held out, taken as whole documents from its end.
     Ignored, and refused, where a held-out split exists."""
-    max_epochs: float | None = Field(None, gt=0)
+    max_epochs: float | None = Field(default=None, gt=0)
     """Most passes over the domain in this run; a stage that would need more is refused before it starts.
     Null means no limit."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -21,9 +22,7 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    __import__("re").compile(
-        r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$|^[-+]?[0-9][0-9_]*\.[0-9_]*$|^[-+]?\.(?:inf|nan)$"
-    ),
+    re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$|^[-+]?[0-9][0-9_]*\.[0-9_]*$|^[-+]?\.(?:inf|nan)$"),
     list("-+0123456789."),
 )
 
@@ -45,7 +44,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     try:
         values = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from error
+        raise UserError(f"{path} is not valid YAML: {error}", fix="mend the file at that place") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} holds {type(values).__name__}, not a mapping of settings")
     for override in overrides:
@@ -58,11 +57,17 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     parts = key.strip().split(".")
     if not separator or not all(parts):
-        raise UserError(f"override {override!r} is not of the form a.b.c=value")
+        raise UserError(
+            f"override {override!r} is not of the form a.b.c=value", fix="write for example schedule.peak=1e-4"
+        )
     try:
         value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise UserError(f"override {override!r}: the value is not valid YAML: {error}") from error
+        problem = str(error).splitlines()[0]
+        raise UserError(
+            f"override {override!r}: the value is not valid YAML ({problem})",
+            fix="quote it for the shell when it has spaces or brackets: 'duration=200 steps'",
+        ) from error
     place = values
     for part in parts[:-1]:
         inner = place.get(part)
@@ -86,7 +91,8 @@ def build(values: Mapping[str, Any], *, source: str = "configuration") -> RunCon
         return RunConfig.model_validate(dict(values))
     except ValidationError as error:
         lines = [_explain(problem) for problem in error.errors()]
-        raise UserError(f"{source}: " + ("\n  ".join(["", *lines]) if len(lines) > 1 else lines[0])) from error
+        message = "\n  ".join(["", *lines]) if len(lines) > 1 else lines[0]
+        raise UserError(f"{source}: {message}", fix="rewarm config reference explains every setting") from error
 
 
 def _explain(problem: Mapping[str, Any]) -> str:

@@ -130,7 +130,7 @@ class SkillItConfig(Section):
     """Evaluations whose losses are summed."""
 
 
-MIXER_SECTIONS = {
+MIXER_SECTIONS: dict[str, type[Section]] = {
     "temperature": TemperatureConfig,
     "unimax": UniMaxConfig,
     "phased": PhasedConfig,
@@ -159,9 +159,6 @@ class MixtureConfig(Section):
     weights: dict[str, float] | None = None
     """Weight of each domain at the start, any positive scale; null means equal weights (ado: by tokens). Refused by the
     mixers that compute them: proportional, temperature and unimax."""
-    delay: Duration = "1 steps"
-    """Distance from the evaluation that decides new weights to the first step that uses them; at least the number of
-    steps that are loaded ahead. Closed-loop mixers and loss_below phases only."""
     temperature: TemperatureConfig | None = None
     """Settings of mixer temperature."""
     unimax: UniMaxConfig | None = None
@@ -196,8 +193,6 @@ class MixtureConfig(Section):
             required = [key for key, field in section.model_fields.items() if field.is_required()]
             if name == self.mixer and getattr(self, name) is None and required:
                 raise ValueError(f"mixture.mixer={name} needs mixture.{name}.{required[0]}")
-        if not self.is_updated and self.delay != type(self).model_fields["delay"].default:
-            raise ValueError(f"mixture.delay is ignored by mixture.mixer={self.mixer}, whose weights are known ahead")
         return self
 
     @property

@@ -159,7 +159,7 @@ class WandbConfig(Section):
     """Weights & Biases."""
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto: online when a key is configured, otherwise offline."""
+    """auto: what ``WANDB_MODE`` says, else online when a key is configured, otherwise offline."""
     project: str = "rewarm"
     """Project the run is listed under."""
     entity: str | None = None
@@ -176,7 +176,7 @@ class TrackingConfig(Section):
     wandb: WandbConfig = WandbConfig()
     """Weights & Biases settings."""
     tensorboard: bool = False
-    """Also write TensorBoard event files to <run>/tensorboard."""
+    """Also write TensorBoard event files to the run's folder ``tensorboard``; needs the tensorboard package."""
 
 
 class DistributedConfig(Section):

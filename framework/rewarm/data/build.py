@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rewarm.data import parts
 from rewarm.data.assemble import Assembly, assemble
 from rewarm.data.domain import DOMAIN_FILE, FORMAT_VERSION
 from rewarm.data.indexed import token_dtype
@@ -93,6 +94,7 @@ def build_domain(settings: BuildSettings, on_progress: OnProgress = lambda *_: N
         special_tokens=settings.special_tokens,
         text_key=settings.text_key,
         text_document=settings.text_document,
+        part_bytes=parts.PART_BYTES,
     )
     keys = [shard_key(shard, encode) for shard in plan.shards]
     build_key = _build_key(settings, keys)
@@ -119,8 +121,8 @@ def _check_settings(settings: BuildSettings) -> None:
 
 
 def _build_key(settings: BuildSettings, keys: list[str]) -> str:
-    parts = ["rewarm-build-1", FORMAT_VERSION, settings.held_out, settings.deduplicate, keys]
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+    identity = ["rewarm-build-1", FORMAT_VERSION, settings.held_out, settings.deduplicate, keys]
+    return hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
 
 
 def _existing(settings: BuildSettings, build_key: str) -> dict[str, Any] | None:

@@ -23,7 +23,7 @@ from rewarm.data.split import HASH_BYTES, text_hash
 from rewarm.data.tokenizer import TextTokenizer, open_tokenizer
 
 PART_BYTES = 64 * 2**20
-"""UTF-8 bytes of text after which a part is closed."""
+"""What a build takes for ``EncodeSettings.part_bytes``."""
 _BATCH_BYTES = 1 << 20
 _BATCH_DOCUMENTS = 1000
 _PART_FORMAT = "rewarm-part-1"
@@ -39,6 +39,8 @@ class EncodeSettings:
     special_tokens: str
     text_key: str
     text_document: Literal["file", "line", "blank"]
+    part_bytes: int
+    """UTF-8 bytes of text after which a part is closed."""
 
 
 class Reject(NamedTuple):
@@ -80,7 +82,7 @@ class Part:
 
 def shard_key(shard: Shard, settings: EncodeSettings) -> str:
     """The name that all parts of a shard begin with."""
-    identity = {"format": _PART_FORMAT, "part_bytes": PART_BYTES, **asdict(shard), **asdict(settings)}
+    identity = {"format": _PART_FORMAT, **asdict(shard), **asdict(settings)}
     identity.pop("tokenizer")  # a place, not a content: the fingerprint speaks for it
     return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=12).hexdigest()
 
@@ -219,7 +221,7 @@ def encode_shard(
             if reader.consumed > told + _BATCH_BYTES:
                 advance(reader.consumed - told)
                 told = reader.consumed
-            if builder.text_bytes >= PART_BYTES:
+            if builder.text_bytes >= settings.part_bytes:
                 builder.info.final = False
                 break
         builder.info.lines = reader.lines

@@ -24,7 +24,7 @@ _SAMPLE_LETTERS = 400
 
 @contextmanager
 def progress_on(console: Console, title: str) -> Iterator[OnProgress]:
-    """A progress bar in bytes or parts that follows the calls of what is yielded."""
+    """A progress bar that follows the calls of what is yielded: bytes while tokenizing, else pieces."""
     from rich.progress import (
         BarColumn,
         Progress,
@@ -35,7 +35,7 @@ def progress_on(console: Console, title: str) -> Iterator[OnProgress]:
     )
 
     columns = (
-        TextColumn("{task.description:<24}"),
+        TextColumn("{task.description:<32}"),
         BarColumn(),
         TaskProgressColumn(),
         TextColumn("{task.fields[amount]}"),
@@ -46,8 +46,7 @@ def progress_on(console: Console, title: str) -> Iterator[OnProgress]:
         task = progress.add_task(title, total=None, amount="")
 
         def follow(what: str, done: int, total: int) -> None:
-            unit = 1 if what == "writing" else 1e6
-            amount = f"{done / unit:.0f}/{total / unit:.0f} {'parts' if unit == 1 else 'MB'}"
+            amount = f"{done / 1e6:.1f} of {total / 1e6:.1f} MB" if what.startswith("tokenizing") else f"{done}/{total}"
             progress.update(task, description=f"{title}: {what}", completed=done, total=total, amount=amount)
 
         yield follow

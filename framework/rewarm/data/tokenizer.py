@@ -34,7 +34,7 @@ class TextTokenizer:
     vocab_size: int
     """One more than the largest id, added tokens included."""
     fingerprint: str
-    """Of the vocabulary and of what it makes of a probe text, whatever the file format."""
+    """Of the vocabulary, the merges or scores, and what it makes of a probe text, whatever the file format."""
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Tokens of each text with the end-of-document token after it: int64 arrays."""
@@ -148,6 +148,10 @@ def _fingerprint(backend: Tokenizer, vocabulary: dict[str, int]) -> str:
     backend.encode_special_tokens = False
     probe = backend.encode(_PROBE, add_special_tokens=False).ids
     backend.encode_special_tokens = backend_parses
+    model = json.loads(backend.to_str())["model"]
+    # Merges are written as "a b" by older versions of the library and as ["a", "b"] by newer ones.
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges") or []]
+    scores = model["vocab"] if isinstance(model.get("vocab"), list) else []
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(json.dumps([sorted(vocabulary.items()), probe]).encode())
+    digest.update(json.dumps([sorted(vocabulary.items()), merges, scores, probe]).encode())
     return digest.hexdigest()

@@ -112,15 +112,26 @@ class Engine(ABC):
 
     @abstractmethod
     def export_huggingface(
-        self, folder: Path, *, tokenizer: Path | None, dtype: str = "float32", replace: bool = False
+        self,
+        folder: Path,
+        *,
+        tokenizer: Path | None,
+        lineage: Path | None = None,
+        dtype: str = "float32",
+        replace: bool = False,
     ) -> None:
         """Write config, safetensors, tokenizer and generation files that ``AutoModelForCausalLM`` loads. Collective.
 
         Args:
             folder: takes its name only when it is whole.
-            tokenizer: folder whose tokenizer and generation files go along; None means none.
-            dtype: ``"float32"`` or ``"bfloat16"``, of the tensors written.
+            tokenizer: folder whose tokenizer, generation and licence files go along; None means none.
+            lineage: lineage.json that goes along, so that a stage which continues the export knows its ancestors.
+            dtype: ``"float32"`` or ``"bfloat16"``, of the tensors written. A bfloat16 run exports the rounded
+                parameters that its forward pass uses.
             replace: take the place of what is there.
+
+        Raises:
+            rewarm.errors.UserError: on every rank, if the name is taken or cannot be written.
         """
 
     @abstractmethod

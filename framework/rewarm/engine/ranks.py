@@ -29,8 +29,9 @@ def join(timeout_minutes: float) -> None:
     options: dict[str, Any] = {"timeout": timedelta(minutes=timeout_minutes)}
     if local.type == "cuda":
         options["device_id"] = local
-        # Megatron-Core's overlap of tensor-parallel communication relies on one hardware queue per device.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # Megatron-Core's overlap of tensor-parallel communication relies on one hardware queue per device, and it warns
+    # where this is unset.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if "RANK" not in os.environ:
         # An in-memory store: a single process needs no port that another one may hold.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **options)

@@ -69,11 +69,11 @@ def comparison_table(rows: Sequence[DomainComparison]) -> Table:
     from rich.table import Table
 
     table = Table(title="Held-out loss before and after", title_justify="left")
-    table.add_column("domain")
+    table.add_column("domain", no_wrap=True)
     table.add_column("")
-    for heading in ("nats/token before", "after", "bits/byte before", "after"):
-        table.add_column(heading, justify="right")
-    table.add_column("change in nats/token")
+    for heading in ("nats/token\nbefore", "\nafter", "bits/byte\nbefore", "\nafter"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("change in\nnats/token", no_wrap=True)
     for row in rows:
         bits = ["-" if value is None else f"{value:.4f}" for value in (row.before_bits, row.after_bits)]
         kind = "new" if row.is_new else "old"

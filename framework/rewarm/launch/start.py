@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 
 from rewarm.config.run import RunConfig
-from rewarm.launch.environment import export_slurm_rendezvous, find_ranks
-from rewarm.launch.local import launch_local
+from rewarm.launch.environment import check_not_batch_script, export_slurm_rendezvous, find_ranks
+from rewarm.launch.local import ERROR_FOLDER, launch_local
 
 
 def start(config: RunConfig, arguments: list[str]) -> None:
@@ -18,9 +20,11 @@ def start(config: RunConfig, arguments: list[str]) -> None:
         config: the stage.
         arguments: the command line that starts a rank of it, after ``rewarm``.
     """
+    check_not_batch_script()
     ranks = find_ranks()
     if ranks.launcher == "slurm":
         export_slurm_rendezvous()
+        _split_output(config.folder / "logs", ranks.rank)
     if ranks.launcher != "single":
         _train(config)
         return
@@ -50,6 +54,17 @@ def local_rank_count(config: RunConfig) -> int:
 
     devices = torch.cuda.device_count()
     return max(1, devices // config.parallel.model_ranks) * config.parallel.model_ranks
+
+
+def _split_output(logs: Path, rank: int) -> None:
+    """Give each rank above 0 a file of its own, as the local launcher does, where a batch script waits for the ranks'
+    last words; without one they stay on srun's output, where they are seen."""
+    if rank == 0 or ERROR_FOLDER not in os.environ:
+        return
+    logs.mkdir(parents=True, exist_ok=True)
+    with open(logs / f"rank-{rank}.out", "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
 
 
 def _train(config: RunConfig) -> None:

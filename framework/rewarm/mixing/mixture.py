@@ -1,18 +1,38 @@
-"""The mixture a stage starts with: new domains by the mixer's rule, replay in place of a share of them."""
+"""The mixture a stage starts with, and the changes that are known before it begins."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
-from rewarm.config.mixture import MixtureConfig, ReplayConfig
+from rewarm.config.mixture import MixtureConfig, PhaseConfig, ReplayConfig, TemperatureConfig, UniMaxConfig
 from rewarm.errors import UserError
+from rewarm.mixing.mixers.fixed import temperature_weights, unimax_weights
+from rewarm.mixing.weight_log import WeightEntry
 from rewarm.mixing.weights import check_weights, quantise
 
 
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """What a stage's durations and triggers are counted by."""
+
+    total_steps: int
+    global_batch_size: int
+    steps: Callable[[str], int]
+    """A duration in whole steps."""
+    learning_rate: Callable[[int], float]
+    """Learning rate of a step, counted from 0."""
+
+
 def initial_weights(
-    mixture: MixtureConfig, replay: ReplayConfig, tokens: Mapping[str, int], replayed: Mapping[str, float] | None = None
+    mixture: MixtureConfig,
+    replay: ReplayConfig,
+    tokens: Mapping[str, int],
+    replayed: Mapping[str, float] | None = None,
+    *,
+    total_tokens: int | None = None,
 ) -> tuple[list[str], np.ndarray]:
     """Integer weights of a stage's first sample.
 
@@ -24,6 +44,7 @@ def initial_weights(
         replay: the fraction that is replayed.
         tokens: training tokens of each new domain, in the order of the configuration.
         replayed: proportion of each replayed domain, any scale; see :func:`rewarm.replay.select.resolve_replay`.
+        total_tokens: target tokens of the stage; mixer unimax needs it.
 
     Returns:
         Names (new domains first, then replayed ones) and int64 [K] summing to 2^32.
@@ -37,15 +58,96 @@ def initial_weights(
             f"replay.fraction={replay.fraction}, but the lineage has no domain to replay",
             fix="set replay.fraction=0, or name the old data under data and give it a weight",
         )
-    return blend(new_shares(mixture, tokens), replayed, replay.fraction)
+    budget = None if total_tokens is None else total_tokens * (1 - replay.fraction)
+    return blend(new_shares(mixture, tokens, budget), replayed, replay.fraction)
 
 
-def new_shares(mixture: MixtureConfig, tokens: Mapping[str, int]) -> dict[str, float]:
-    """Weights of the new domains among themselves, any scale."""
-    if mixture.mixer == "proportional":
-        return {name: float(count) for name, count in tokens.items()}
-    weights = mixture.weights or dict.fromkeys(tokens, 1.0)
-    return {name: weights[name] for name in tokens}
+def planned_changes(
+    mixture: MixtureConfig,
+    replay: ReplayConfig,
+    tokens: Mapping[str, int],
+    replayed: Mapping[str, float],
+    clock: Clock,
+) -> list[WeightEntry]:
+    """The changes of weights that do not depend on any loss: a cooldown of the temperature, and phases.
+
+    Returns:
+        Entries for the weight log, to be written and scheduled before the first step; those that the stage never
+        reaches are refused.
+
+    Raises:
+        UserError: if a trigger lies outside the stage.
+    """
+    settings = mixture.settings
+    changes: list[tuple[int, dict[str, float], str]] = []
+    if isinstance(settings, TemperatureConfig) and settings.cooldown_at is not None:
+        step = _inside(
+            clock.steps(settings.cooldown_at), clock, f"mixture.temperature.cooldown_at={settings.cooldown_at}"
+        )
+        cool = temperature_weights(np.array(list(tokens.values())), settings.cooldown_temperature)
+        changes.append(
+            (step, dict(zip(tokens, cool.tolist(), strict=True)), f"temperature {settings.cooldown_temperature}")
+        )
+    for number, phase in enumerate(mixture.phases):
+        if phase.loss_below is None:
+            changes.append((_begin(phase, number, clock), phase.weights, f"phase {number}"))
+    entries = []
+    for step, shares, reason in sorted(changes, key=lambda change: change[0]):
+        names, weights = blend({name: shares[name] for name in tokens}, replayed, replay.fraction)
+        entries.append(
+            WeightEntry(step * clock.global_batch_size, dict(zip(names, weights.tolist(), strict=True)), reason)
+        )
+    return entries
+
+
+def _begin(phase: PhaseConfig, number: int, clock: Clock) -> int:
+    where = f"mixture.phased.phases[{number}]"
+    if phase.at is not None:
+        return _inside(clock.steps(phase.at), clock, f"{where}.at={phase.at}")
+    assert phase.learning_rate_fraction is not None
+    rates = [clock.learning_rate(step) for step in range(clock.total_steps)]
+    peak = int(np.argmax(rates))
+    below = [
+        step for step in range(peak, clock.total_steps) if rates[step] <= phase.learning_rate_fraction * rates[peak]
+    ]
+    if not below:
+        raise UserError(
+            f"{where} begins at {phase.learning_rate_fraction} of the peak learning rate, but the lowest after it "
+            f"is {min(rates[peak:]) / rates[peak]:.3g} of it",
+            fix="let the schedule decay further, or raise learning_rate_fraction",
+        )
+    return below[0]
+
+
+def _inside(step: int, clock: Clock, what: str) -> int:
+    if not 0 < step < clock.total_steps:
+        raise UserError(
+            f"{what} is step {step}, and the stage has {clock.total_steps} steps",
+            fix="let it begin after the first step and before the last",
+        )
+    return step
+
+
+def new_shares(mixture: MixtureConfig, tokens: Mapping[str, int], budget: float | None) -> dict[str, float]:
+    """Weights of the new domains among themselves at the start, any scale.
+
+    Args:
+        mixture: the configuration section.
+        tokens: training tokens of each new domain.
+        budget: target tokens that the stage trains on new domains; mixer unimax needs it.
+    """
+    settings, sizes = mixture.settings, np.array(list(tokens.values()), dtype=np.float64)
+    if isinstance(settings, TemperatureConfig):
+        shares = temperature_weights(sizes, settings.temperature)
+    elif isinstance(settings, UniMaxConfig):
+        assert budget is not None, "unimax needs the stage's tokens"
+        shares = unimax_weights(sizes, budget, settings.max_epochs)
+    elif mixture.mixer == "proportional" or (mixture.mixer == "ado" and mixture.weights is None):
+        shares = sizes
+    else:
+        weights = mixture.weights or dict.fromkeys(tokens, 1.0)
+        return {name: weights[name] for name in tokens}
+    return dict(zip(tokens, shares.tolist(), strict=True))
 
 
 def blend(

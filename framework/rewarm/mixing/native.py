@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from pathlib import Path
 
-LIBRARY = Path(__file__).parent.parent / "_native" / "librewarm_cpu.so"
-"""Where installation leaves the library; numpy does the same work without it."""
+from rewarm.native import LIBRARY_FOLDER, open_library
 
 
 @cache
-def sampler_library(path: Path = LIBRARY) -> ctypes.CDLL | None:
-    """The library with ``rewarm_sampler_draw`` declared, or None where there is none."""
-    if not path.exists():
-        return None
-    library = ctypes.CDLL(str(path))
-    if not hasattr(library, "rewarm_sampler_draw"):
-        return None
+def sampler_library() -> ctypes.CDLL | None:
+    """The library with its sampler declared, or None where it is missing or of other sources.
+
+    Silent, because numpy draws the same samples fast enough for most batches.
+    """
+    library = open_library(LIBRARY_FOLDER / "librewarm_cpu.so")[0]
+    return None if library is None else declare(library)
+
+
+def declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Give the sampler's functions their argument types; returns the same library."""
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     library.rewarm_sampler_draw.restype = number
     library.rewarm_sampler_draw.argtypes = [

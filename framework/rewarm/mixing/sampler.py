@@ -141,6 +141,14 @@ class Sampler:
         domains, windows = (np.concatenate([empty, *(piece[part] for piece in pieces)]) for part in (0, 1))
         return Draw(start, domains, windows)
 
+    def projected(self, total_samples: int) -> dict[str, float]:
+        """Windows of each domain that will have been drawn by a global sample index, if the known weights stay.
+
+        It does not depend on how far the sampler has drawn, because a domain's count and credit together are what its
+        weights add up to; the count itself is within a sample or two.
+        """
+        return {d.name: amount / TOTAL for d, amount in zip(self.domains, self._owed(total_samples), strict=True)}
+
     def plan(self, total_samples: int) -> dict[str, float]:
         """What drawing up to a global sample index will take from each domain, if the known weights stay.
 
@@ -150,9 +158,7 @@ class Sampler:
         Raises:
             UserError: if that exceeds a domain's ``max_epochs``, naming the domain and both numbers.
         """
-        owed = [int(c) + int(cursor) * TOTAL for c, cursor in zip(self._credits, self._cursors, strict=True)]
-        for first, last, weights in self._segments(total_samples):
-            owed = [amount + int(weight) * (last - first) for amount, weight in zip(owed, weights, strict=True)]
+        owed = self._owed(total_samples)
         for domain, amount in zip(self.domains, owed, strict=True):
             # Each weight is rounded by at most one unit, which adds at most one unit per sample.
             if domain.limit is not None and amount > domain.limit * TOTAL + total_samples:
@@ -163,6 +169,13 @@ class Sampler:
                     fix="raise its max_epochs, lower its weight, or shorten the stage",
                 )
         return {d.name: amount / TOTAL / d.num_windows for d, amount in zip(self.domains, owed, strict=True)}
+
+    def _owed(self, total_samples: int) -> list[int]:
+        """Weight that each domain will have received, in units of 2^-32 samples."""
+        owed = [int(c) + int(cursor) * TOTAL for c, cursor in zip(self._credits, self._cursors, strict=True)]
+        for first, last, weights in self._segments(total_samples):
+            owed = [amount + int(weight) * (last - first) for amount, weight in zip(owed, weights, strict=True)]
+        return owed
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides the samples to come, as plain JSON values."""

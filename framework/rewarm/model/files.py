@@ -45,6 +45,11 @@ def carry_files(source: str | Path, target: str | Path) -> list[str]:
     return [path.name for path in found]
 
 
+def is_export(folder: str | Path) -> bool:
+    """True for a folder that an export made, which another export may replace: a model with our lineage."""
+    return all((Path(folder) / name).is_file() for name in ("config.json", "lineage.json"))
+
+
 @contextmanager
 def written_aside(folder: str | Path, *, replace: bool = False) -> Iterator[Path]:
     """A new folder beside ``folder`` that takes its name when the block ends without an error.

@@ -71,7 +71,7 @@ def generate_text(
         The prompt and its continuation.
 
     Raises:
-        UserError: if the folder or its tokenizer cannot be loaded.
+        UserError: if the folder or its tokenizer cannot be loaded, or the prompt has no tokens.
     """
     import torch
 
@@ -79,6 +79,10 @@ def generate_text(
         model, tokenizer = _load(folder, "float32", device), _load_tokenizer(folder)
         torch.manual_seed(seed)
         ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+        if ids["input_ids"].shape[1] == 0:
+            raise UserError(
+                f"{prompt!r} has no tokens under the tokenizer of {folder}", fix="give some text to continue"
+            )
         sampling: dict[str, Any] = {"do_sample": False}
         if temperature > 0:
             sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k}

@@ -50,17 +50,6 @@ def _layer_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def parameter_count(architecture: Architecture) -> int:
-    """Parameters of the whole model, padded rows and copies excluded."""
-    total = 0
-    for shape in tensor_shapes(architecture).values():
-        size = 1
-        for length in shape:
-            size *= length
-        total += size
-    return total
-
-
 def check_shapes(found: Mapping[str, tuple[int, ...]], architecture: Architecture, source: str) -> None:
     """Refuse a set of tensors that is not exactly the model's.
 

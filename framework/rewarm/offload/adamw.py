@@ -24,7 +24,7 @@ SUM_BLOCK = 4096
 class AdamWStep(ctypes.Structure):
     """What all elements of one step share; mirrors ``rewarm_adamw_step`` of ``csrc/common/adamw.h``."""
 
-    _fields_ = [  # noqa: RUF012 - ctypes wants a plain list
+    _fields_ = [
         (name, ctypes.c_float)
         for name in (
             "one_minus_beta1",

@@ -43,6 +43,7 @@ class Tracker:
     ) -> None:
         self._is_main = is_main
         self._closed = False
+        self._last_evaluated_step: int | None = None
         if not is_main:
             return
         from rewarm.tracking.console import Console
@@ -54,8 +55,8 @@ class Tracker:
         self._evaluation = JsonLines(run_folder / "evaluation.jsonl")
         cuts = [(file, file.truncate_after(last)) for file in (self._metrics, self._evaluation)]
         evaluations = read_lines(self._evaluation.path)
-        self._last_evaluated = int(evaluations[-1]["step"]) if evaluations else None
         first = cast(EvaluationLine, evaluations[0]) if evaluations else None
+        self._last_evaluated_step = int(evaluations[-1]["step"]) if evaluations else None
         self._console = Console(domain_names, total_steps, first_evaluation=first)
         for file, cut in cuts:
             self._tell_damage(file, cut, last)
@@ -68,12 +69,6 @@ class Tracker:
             if resolve_mode(config.wandb) != "disabled"
             else None
         )
-
-    @property
-    def last_evaluated_step(self) -> int | None:
-        """Step of the newest evaluation line that the checkpoint knows of; None before the first, and off the main
-        rank."""
-        return self._last_evaluated if self._is_main else None
 
     def step(self, line: MetricsLine) -> None:
         """Record a line of :func:`rewarm.tracking.metrics.metrics_line`."""
@@ -88,8 +83,15 @@ class Tracker:
         if not self._is_main:
             return
         self._evaluation.append(line)
+        self._last_evaluated_step = line["step"]
         self._console.evaluation(line)
         self._draw(line["step"], evaluation_scalars(line))
+
+    @property
+    def last_evaluated_step(self) -> int | None:
+        """Step of the newest evaluation line, those from before a resume included; None without one and off the
+        main rank."""
+        return self._last_evaluated_step
 
     def message(self, text: str) -> None:
         """Print a line for the user."""

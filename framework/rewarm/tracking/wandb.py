@@ -26,8 +26,12 @@ from rewarm.config.training import WandbConfig
 
 REMEMBER_EVERY = 2.0
 """Seconds between notes of the last step handed over; what came after the note is sent again after a kill."""
+INIT_TIMEOUT = 45.0
+"""Seconds that the server has to answer before the run is recorded offline."""
 CLOSE_TIMEOUT = 60.0
 """Seconds that a finished run waits for wandb."""
+FAILED_CLOSE_TIMEOUT = 10.0
+"""Seconds that a failed one waits, whose message the user is waiting for."""
 
 _END = None
 
@@ -120,9 +124,10 @@ class WandbWriter:
             return  # nothing was trained, so there is nothing to show
         self._exit_code = exit_code
         self._queue.put(_END)
-        self._thread.join(CLOSE_TIMEOUT)
+        timeout = CLOSE_TIMEOUT if exit_code == 0 else FAILED_CLOSE_TIMEOUT
+        self._thread.join(timeout)
         if self._thread.is_alive():
-            self._say(f"warning: wandb did not finish within {CLOSE_TIMEOUT:.0f} s; the run's own files are complete")
+            self._say(f"warning: wandb did not finish within {timeout:.0f} s; the run's own files are complete")
 
     def _work(self) -> None:
         try:
@@ -169,6 +174,7 @@ class WandbWriter:
             if self._config.mode == "online" or mode == "offline":
                 raise
             self._say(f"warning: wandb cannot be reached ({type(error).__name__}); recording offline")
+            wandb.teardown()  # its service still holds the id of the failed run
             mode, run = "offline", self._init(wandb, "offline")
         if mode == "online":
             self._floor = max(self._floor, run.starting_step - 1)
@@ -187,7 +193,7 @@ class WandbWriter:
             resume="allow" if mode == "online" else None,
             dir=str(self._folder),
             mode=mode,
-            settings=wandb.Settings(console="off", silent=True, save_code=False),
+            settings=wandb.Settings(console="off", silent=True, save_code=False, init_timeout=INIT_TIMEOUT),
         )
         run.config.update(dict(self._config_dump), allow_val_change=True)
         return run

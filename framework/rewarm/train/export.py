@@ -7,7 +7,8 @@ from pathlib import Path
 from rewarm.errors import UserError
 from rewarm.evaluation.held_out import HeldOutLoss, evaluate_domain, held_out_windows, summarise
 from rewarm.launch.environment import find_ranks
-from rewarm.model.files import check_free
+from rewarm.model.files import check_free, is_export
+from rewarm.replay.lineage import FILE_NAME
 from rewarm.train.open import OpenModel
 
 
@@ -20,12 +21,13 @@ def write_export(
         model: the checkpoint.
         folder: what is written.
         dtype: of the tensors, ``float32`` or ``bfloat16``.
-        replace: overwrite what is there.
+        replace: overwrite what is there; an earlier export is overwritten without it.
         evaluate: also compute the held-out losses of the run's domains.
 
     Returns:
         Name and loss of each domain; empty unless asked for.
     """
+    replace = replace or is_export(folder)
     check_free(folder, replace=replace)
     domains = model.stage(find_ranks().world_size).evaluated if evaluate else []
     settings = model.config.evaluation
@@ -35,7 +37,8 @@ def write_export(
             (domain.name, evaluate_domain(engine, domain, settings.windows_per_domain, settings.micro_batch_size))
             for domain in domains
         ]
-        engine.export_huggingface(folder, tokenizer=model.tokenizer, dtype=dtype, replace=replace)
+        lineage = model.checkpoint / FILE_NAME
+        engine.export_huggingface(folder, tokenizer=model.tokenizer, lineage=lineage, dtype=dtype, replace=replace)
         return losses
     finally:
         engine.close()

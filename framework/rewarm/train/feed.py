@@ -94,6 +94,11 @@ class Feed:
         weights may take effect. It depends on the step alone, not on how far reading got."""
         return self._state["sample_index"] + (PREFETCH_STEPS + 1) * self._size
 
+    @property
+    def sampler(self) -> Sampler:
+        """What draws the samples; it is ahead of the step that trains."""
+        return self._sampler
+
     def schedule_weights(self, weights: np.ndarray, at_sample: int) -> None:
         """Let integer weights take effect at a global sample index from :attr:`first_free_sample` on."""
         self._sampler.schedule_weights(weights, at_sample)

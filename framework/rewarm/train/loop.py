@@ -24,13 +24,18 @@ def train(run: Run, hooks: Sequence[Hook]) -> None:
     for hook in hooks:
         hook.start(run)
     while not run.finished:
-        started = time.perf_counter()
-        fed = run.feed.next()
-        learning_rate = run.learning_rate.at(run.tokens)
-        result = run.engine.train_step(fed.batch, learning_rate)
-        record = StepRecord(fed, result, learning_rate, time.perf_counter() - started)
-        run.record(record)
-        for hook in hooks:
-            hook.after_step(run, record)
+        train_one_step(run, hooks)
     for hook in hooks:
         hook.finish(run)
+
+
+def train_one_step(run: Run, hooks: Sequence[Hook]) -> None:
+    """One step and what happens beside it. The hooks must have been started."""
+    started = time.perf_counter()
+    fed = run.feed.next()
+    learning_rate = run.learning_rate.at(run.tokens)
+    result = run.engine.train_step(fed.batch, learning_rate)
+    record = StepRecord(fed, result, learning_rate, time.perf_counter() - started)
+    run.record(record)
+    for hook in hooks:
+        hook.after_step(run, record)

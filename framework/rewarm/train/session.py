@@ -10,6 +10,9 @@ from rewarm.checkpoint.distributed import find_checkpoint, read_state
 from rewarm.config.run import RunConfig
 from rewarm.engine.base import Engine
 from rewarm.mixing.weight_log import WeightEntry, WeightLog
+from rewarm.resilience.health import check_device, check_nodes
+from rewarm.resilience.lock import RunLock
+from rewarm.resilience.status import State, write_status
 from rewarm.schedule.learning_rate import LearningRate
 from rewarm.tracking.tracker import Tracker
 from rewarm.train.feed import Feed
@@ -37,24 +40,51 @@ def run_session(config: RunConfig) -> None:
     from rewarm.launch.environment import find_ranks
 
     ranks = find_ranks()
+    check_device()
     stage = resolve_stage(config, ranks.world_size)
-    if ranks.rank == 0:
-        prepare_folder(config)
-    engine = build_engine(config, stage.architecture, stage.names)
+    lock = RunLock(prepare_folder(config)) if ranks.rank == 0 else None
     try:
-        engine.barrier()
-        open_logs(stage.folder, engine.rank)
-        run = assemble(config, stage, engine)
-        train(run, standard_hooks())
-        run.feed.close()
-        if engine.is_main:
-            print_summary(run)
-        run.tracker.close(0)
-    except BaseException:
-        log.exception("rank %d failed", engine.rank)
-        raise
+        engine = build_engine(config, stage.architecture, stage.names)
+        try:
+            engine.barrier()
+            open_logs(stage.folder, engine.rank)
+            _train(config, stage, engine)
+        except BaseException:
+            log.exception("rank %d failed", engine.rank)
+            raise
+        finally:
+            engine.close()
     finally:
-        engine.close()
+        if lock is not None:
+            lock.release()
+
+
+def _train(config: RunConfig, stage: Stage, engine: Engine) -> None:
+    """Everything between joining the other ranks and leaving them."""
+    messages = check_nodes(engine, stage.folder)
+    run = assemble(config, stage, engine)
+    for message in messages:
+        run.tracker.message(message)
+    if engine.is_main:
+        write_status(stage.folder, "running", run.step, config.total_steps)
+    try:
+        train(run, standard_hooks())
+    except BaseException:
+        run.tracker.close(1)
+        raise
+    run.feed.close()
+    if engine.is_main:
+        write_status(stage.folder, end_state(run), run.step, config.total_steps, run.stop_reason)
+    run.tracker.close(0)
+    if engine.is_main:
+        print_summary(run)
+
+
+def end_state(run: Run) -> State:
+    """How an invocation ended that did not fail."""
+    if run.step >= run.config.total_steps:
+        return "finished"
+    return "paused" if run.stop_reason is None else "stopped"
 
 
 def assemble(config: RunConfig, stage: Stage, engine: Engine) -> Run:
@@ -100,6 +130,8 @@ def _weight_log(stage: Stage, *, started: bool) -> list[WeightEntry]:
     if not started:
         weights = dict(zip(stage.names, stage.initial_weights.tolist(), strict=True))
         weight_log.append(0, weights, f"start: {stage.config.mixture.mixer}")
+        for entry in stage.planned:
+            weight_log.append(entry.sample, entry.weights, entry.reason)
     return weight_log.entries()
 
 

@@ -15,15 +15,18 @@ from rewarm.config.run import RunConfig
 from rewarm.data.domain import Domain, open_domain
 from rewarm.engine.layout import check_layout
 from rewarm.errors import UserError
-from rewarm.mixing.mixture import initial_weights
+from rewarm.mixing.controller import MixtureController
+from rewarm.mixing.mixers.build import build_mixer
+from rewarm.mixing.mixture import Clock, initial_weights, planned_changes
 from rewarm.mixing.sampler import SampledDomain, Sampler
 from rewarm.mixing.weight_log import WeightEntry
-from rewarm.mixing.weights import TOTAL, align
+from rewarm.mixing.weights import TOTAL, align, fractions
 from rewarm.model.architecture import Architecture
 from rewarm.model.description import ModelDescription, from_scratch
 from rewarm.model.tokenizer_check import required_rows
 from rewarm.replay.lineage import ConsumedDomain, Lineage
 from rewarm.replay.lineage import Stage as LineageStage
+from rewarm.schedule.learning_rate import LearningRate
 from rewarm.train.old_domains import open_old_domains
 from rewarm.train.origin import Origin, find_origin
 from rewarm.train.tokenizers import check_tokenizers, choose_tokenizer
@@ -46,6 +49,8 @@ class Stage:
     """The trained domains, then those of the lineage that are only watched."""
     initial_weights: np.ndarray
     """int64 [D]."""
+    planned: list[WeightEntry]
+    """Changes of weights that are known before the first step."""
     messages: list[str] = field(default_factory=list)
     """What the user should know before the first step."""
 
@@ -76,8 +81,22 @@ class Stage:
         for entry in log_entries:
             if entry.sample > sampler.sample_index:
                 sampler.schedule_weights(align(entry.weights, sampler.names), entry.sample)
-        sampler.plan(self.config.total_steps * self.config.batch.global_batch_size)
+        if state is None or not self.config.mixture.is_updated:
+            sampler.plan(self.config.total_steps * self.config.batch.global_batch_size)
         return sampler
+
+    def controller(self) -> MixtureController:
+        """What steers the weights of the new domains after evaluations, as it stands at the first step."""
+        config, num_new = self.config, len(self.config.data)
+        weights = fractions(self.initial_weights[:num_new])
+        mixer = build_mixer(config.mixture, self.names[:num_new], weights, lambda text: config.steps(text) or 0)
+        return MixtureController(
+            config.mixture,
+            mixer,
+            replayed=dict(zip(self.names[num_new:], self.initial_weights[num_new:].tolist(), strict=True)),
+            replay_fraction=config.replay.fraction,
+            total_samples=config.total_steps * config.batch.global_batch_size,
+        )
 
     def _max_epochs(self, name: str) -> float | None:
         return self.config.data[name].max_epochs if name in self.config.data else None
@@ -131,20 +150,30 @@ def resolve_stage(config: RunConfig, num_ranks: int) -> Stage:
     architecture = origin.architecture or _new_architecture(config, tokenizer, new)
     check_layout(config, architecture, num_ranks)
     old = open_old_domains(config, origin.lineage, new)
-    names, weights = initial_weights(
-        config.mixture,
-        config.replay,
-        {domain.name: domain.train.num_tokens for domain in new},
-        {domain.name: share for domain, share in old.replayed},
-    )
+    tokens = {domain.name: domain.train.num_tokens for domain in new}
+    shares = {domain.name: share for domain, share in old.replayed}
+    names, weights = initial_weights(config.mixture, config.replay, tokens, shares, total_tokens=config.total_tokens)
+    planned = planned_changes(config.mixture, config.replay, tokens, shares, _clock(config))
     trained = new + [domain for domain, _ in old.replayed]
     assert names == [domain.name for domain in trained], (names, trained)
     evaluated = trained + old.watched
     check_tokenizers(tokenizer, architecture, evaluated)
     _check_enough_windows(config, trained, weights)
-    stage = Stage(config, origin, architecture, tokenizer, trained, evaluated, weights, list(old.messages))
-    stage.sampler(None, [])
+    stage = Stage(config, origin, architecture, tokenizer, trained, evaluated, weights, planned, list(old.messages))
+    # Both refuse what could only fail after the ranks have started.
+    stage.sampler(None, planned)
+    stage.controller()
     return stage
+
+
+def _clock(config: RunConfig) -> Clock:
+    schedule = LearningRate(config.schedule, config.total_tokens, config.tokens_per_step)
+    return Clock(
+        total_steps=config.total_steps,
+        global_batch_size=config.batch.global_batch_size,
+        steps=lambda duration: config.steps(duration) or 0,
+        learning_rate=lambda step: schedule.at(step * config.tokens_per_step),
+    )
 
 
 def _new_architecture(config: RunConfig, tokenizer: Path | None, new: list[Domain]) -> ModelDescription:

@@ -43,17 +43,17 @@ def check_tokenizers(tokenizer: Path | None, architecture: ModelDescription, dom
     Raises:
         UserError: naming the domain, both tokenizers or sizes, and the fix.
     """
-    own = None
-    if tokenizer is not None:
-        own = tokenizer_fingerprint(tokenizer)
-        check_tokenizer_fits(tokenizer, architecture, "the model")
+    own = tokenizer_fingerprint(tokenizer) if tokenizer is not None else None
     for domain in domains:
         if domain.vocab_size is not None and domain.vocab_size > architecture.vocab_size:
             raise UserError(
                 f"domain {domain.name!r} ({domain.path}) was built with a tokenizer of {domain.vocab_size} entries, "
                 f"but the model has {architecture.vocab_size} rows",
-                fix=_REBUILD + (str(tokenizer) if tokenizer else "FOLDER"),
+                fix=_REBUILD + "FOLDER",
             )
+    if tokenizer is not None:
+        check_tokenizer_fits(tokenizer, architecture, "the model")
+    for domain in domains:
         if own is not None and domain.tokenizer_fingerprint not in (None, own):
             raise UserError(
                 f"domain {domain.name!r} ({domain.path}) was built with another tokenizer ({domain.tokenizer}) than "

@@ -36,7 +36,7 @@ def test_held_out_prefix(pair: Path, tmp_path: Path) -> None:
     write_pair(tmp_path / "valid", np.arange(500, dtype=np.uint16))
     domain = open_domain("a", DomainConfig(path=str(pair), held_out=str(tmp_path / "valid")), 32)
     assert domain.train.num_tokens == domain.train.source.num_tokens and domain.held_out.num_tokens == 500
-    with pytest.raises(UserError, match="held_out_fraction=0.5 would be ignored"):
+    with pytest.raises(UserError, match=r"held_out_fraction=0\.5 would be ignored"):
         config = DomainConfig(path=str(pair), held_out=str(tmp_path / "valid"), held_out_fraction=0.5)
         open_domain("a", config, 32)
 
@@ -90,7 +90,7 @@ def test_what_cannot_be_opened_is_named_with_its_fix(tmp_path: Path, pair: Path)
         with pytest.raises(UserError, match=words) as caught:
             open_domain("mine", DomainConfig(path=str(path)), 64)
         assert str(path) in str(caught.value) and caught.value.fix
-    with pytest.raises(UserError, match="held_out=nothing: nothing.bin does not exist"):
+    with pytest.raises(UserError, match=r"held_out=nothing: nothing\.bin does not exist"):
         open_domain("mine", DomainConfig(path=str(pair), held_out="nothing"), 64)
 
 

@@ -11,6 +11,8 @@ import pytest
 from rewarm.data.indexed import IndexedTokens, IndexedWriter, token_dtype
 from rewarm.errors import UserError
 
+pytestmark = pytest.mark.filterwarnings("ignore:Transformer Engine and Apex")
+
 
 def _documents(dtype: type, count: int = 50, seed: int = 0) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)

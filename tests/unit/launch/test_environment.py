@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 
 from rewarm.errors import UserError
-from rewarm.launch.environment import Ranks, export_slurm_rendezvous, find_ranks, first_host
+from rewarm.launch.environment import (
+    Ranks,
+    check_not_batch_script,
+    export_slurm_rendezvous,
+    find_ranks,
+    first_host,
+    slurm_port,
+)
 
 
 def test_alone() -> None:
@@ -45,3 +52,25 @@ def test_slurm_rendezvous_is_the_same_on_all_ranks_and_differs_between_jobs() ->
 )
 def test_first_host(nodelist: str, host: str) -> None:
     assert first_host(nodelist) == host
+
+
+def test_a_batch_script_is_not_one_of_the_tasks() -> None:
+    batch = {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "3"}
+    assert find_ranks(batch).launcher == "single"
+    with pytest.raises(UserError, match="4 tasks, but the command runs once"):
+        check_not_batch_script(batch)
+    check_not_batch_script({**batch, "SLURM_STEP_ID": "0"})
+
+
+def test_a_step_counts_its_own_tasks_and_not_those_of_the_job() -> None:
+    step = {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}
+    assert find_ranks({**step, "SLURM_STEP_ID": "0"}) == Ranks(1, 2, 1, "slurm")
+
+
+def test_a_free_port_of_the_batch_script_is_obeyed_and_attempts_differ() -> None:
+    step = {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "9",
+            "SLURM_JOB_NODELIST": "localhost"}  # fmt: skip
+    export_slurm_rendezvous(given := {**step, "MASTER_PORT": "12345"})
+    assert given["MASTER_PORT"] == "12345"
+    ports = {slurm_port({**step, "SLURM_RESTART_COUNT": str(count)}) for count in range(4)}
+    assert len(ports) == 4 and all(1024 < port < 32768 for port in ports)

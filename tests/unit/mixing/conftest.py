@@ -8,8 +8,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
-from rewarm.mixing.native import sampler_library
+from rewarm.mixing.native import declare
+
+settings.register_profile("rewarm", deadline=None)
+settings.load_profile("rewarm")  # a test never asserts a time
 
 SOURCE = Path(__file__).parents[3] / "csrc" / "cpu" / "sampler.cpp"
 
@@ -22,6 +26,4 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     target = tmp_path_factory.mktemp("native") / "sampler.so"
     command = [compiler, "-O3", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", str(target), str(SOURCE)]
     subprocess.run(command, check=True, timeout=120)
-    library = sampler_library(target)
-    assert library is not None
-    return library
+    return declare(ctypes.CDLL(str(target)))

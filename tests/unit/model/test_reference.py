@@ -57,6 +57,9 @@ def test_unusable_folders_and_tokens_are_named(tmp_path: Path) -> None:
         window_losses(tmp_path, np.full((1, 9), VOCAB_SIZE))
     with pytest.raises(UserError, match="no tokenizer"):
         generate_text(tmp_path, "word3", 3, 1)
+    save_tokenizer(tmp_path, VOCAB_SIZE, 0)
+    with pytest.raises(UserError, match="'' has no tokens"):
+        generate_text(tmp_path, "", 3, 1)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["model.layers.2.mlp.up_proj.weight"]
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})

@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rewarm.engine import layout
 from rewarm.errors import UserError
 from rewarm.model.huggingface import architecture_from_huggingface
 from rewarm.model.safetensors_io import INDEX, TensorFolder, TensorWriter
-from rewarm.model.tensors import open_weights, parameter_count, tensor_shapes
+from rewarm.model.tensors import open_weights, tensor_shapes
 from unit.model.families import save_model, stored_tensors
 
 SHAPES = {"a": (5, 4), "b.bias": (3,), "c": (2, 6), "d": (1, 1)}
@@ -90,7 +91,7 @@ def test_shapes_are_those_that_transformers_saves(model: Path) -> None:
     stored = stored_tensors(model)
     assert tensor_shapes(architecture) == {name: tuple(stored[name].shape) for name in tensor_shapes(architecture)}
     assert tensor_shapes(architecture).keys() == stored.keys()
-    assert parameter_count(architecture) == sum(tensor.numel() for tensor in stored.values())
+    assert layout.parameter_count(architecture) == sum(tensor.numel() for tensor in stored.values())
 
 
 def test_old_rotary_buffers_are_passed_over(tmp_path: Path) -> None:

@@ -55,6 +55,16 @@ def test_a_broken_and_resumed_run_leaves_the_files_of_an_unbroken_one(
     assert [found["step"] for found in read_lines(tmp_path / "whole" / "evaluation.jsonl")] == [0, 2, 4, 6]
 
 
+def test_the_last_evaluation_is_known_across_a_resume(tmp_path: Path) -> None:
+    run = tracker(tmp_path, None)
+    assert run.last_evaluated_step is None
+    run.evaluation(held_out(0))
+    assert run.last_evaluated_step == 0
+    run.close(0)
+    train(tmp_path, None, 5)
+    assert [tracker(tmp_path, step).last_evaluated_step for step in (4, 3, 0)] == [4, 2, None]
+
+
 def test_other_ranks_touch_nothing(tmp_path: Path) -> None:
     run = tracker(tmp_path / "run", None, is_main=False, tensorboard=True)
     run.step(line(1))
@@ -62,6 +72,7 @@ def test_other_ranks_touch_nothing(tmp_path: Path) -> None:
     run.message("x")
     run.sync()
     run.close(1)
+    assert run.last_evaluated_step is None
     assert not (tmp_path / "run").exists()
 
 

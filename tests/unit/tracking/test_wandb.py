@@ -53,6 +53,9 @@ def records(path: Path) -> Iterator[Any]:
 
 def history(folder: Path) -> list[dict[str, Any]]:
     """The rows of every offline segment of a run, in the order they were made."""
+    import wandb
+
+    wandb.teardown()  # what the end of the process does: the service writes what it still holds
     rows = []
     for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
         for record in records(path):
@@ -77,6 +80,7 @@ def test_a_resumed_run_is_the_same_wandb_run_and_no_step_comes_twice(tmp_path: P
     first.close(1)
     number = json.loads((folder / "wandb.json").read_text())["id"]
 
+    time.sleep(1.1)  # wandb names a segment by the second
     second = writer(folder, True, said)  # from a checkpoint at step 3: 4 and 5 are trained again
     for step in range(4, 9):
         second.log(step, {"loss": 5.0 / step})
@@ -110,6 +114,20 @@ def test_failures_are_told_once_and_never_raised(tmp_path: Path) -> None:
         time.sleep(0.05)
     broken.close(0)
     assert len(said) == 1 and said[0].startswith("warning: wandb stopped recording")
+
+
+def test_an_unreachable_server_means_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # the discard port, which nobody listens to
+    monkeypatch.setattr("rewarm.tracking.wandb.INIT_TIMEOUT", 2.0)
+    said: list[str] = []
+    run = writer(tmp_path / "run", False, said, mode="auto")
+    run.log(1, {"loss": 1.0})
+    run.log(2, {"loss": 0.5})
+    run.close(0)
+    assert "cannot be reached" in said[0] and "offline" in said[1] and len(said) == 2
+    rows = [row for row in history(tmp_path / "run") if "loss" in row]
+    assert [(row["_step"], row["loss"]) for row in rows] == [(1, 1.0), (2, 0.5)]
 
 
 def test_nothing_is_started_before_the_first_step() -> None:

@@ -73,6 +73,18 @@ def deepspeed_json(config: RunConfig, data_parallel_size: int) -> dict[str, Any]
     return values
 
 
+def show_json(config: RunConfig) -> str:
+    """The generated file, for looking at it before any rank exists; ``parallel.data=auto`` counts as one.
+
+    Raises:
+        UserError: if the run does not use DeepSpeed.
+    """
+    if config.engine != "deepspeed":
+        raise UserError(f"engine={config.engine} has no DeepSpeed configuration", fix="set engine=deepspeed")
+    data = 1 if config.parallel.data == "auto" else config.parallel.data
+    return json.dumps(deepspeed_json(config, data), indent=2) + "\n"
+
+
 def _zero(settings: DeepSpeedConfig) -> dict[str, Any]:
     stage = settings.zero_stage
     zero: dict[str, Any] = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     _replace_state_dict_keys_with_sharded_keys,
@@ -57,13 +59,12 @@ def save(folder: Path, architecture: Architecture, chunks: Sequence[Decoder], op
         state["optimizer"] = moments
     state["rewarm"] = {"architecture": architecture.to_dict(), "optimizer": optimizer is not None}
     sharded, common = save_preprocess(state, preprocess_common_before_consistancy_check=_same_on_all_ranks)
-    _together(lambda: TorchCommonSaveStrategy("torch", 1).save_common(common, folder))
+    _together(lambda: _write_common(common, folder) if dist.get_rank() == 0 else None)
     flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)
     try:
-        # torch's own writer: Megatron-Core's starts a manager and a worker process for each save.
         save_sharded(
             mcore_to_pyt_state_dict(flat, False),
-            storage_writer=FileSystemWriter(folder, thread_count=1),
+            storage_writer=_Writer(folder, thread_count=1),
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
     except CheckpointException as failure:
@@ -85,15 +86,48 @@ def _together(action: Callable[[], Any]) -> None:
     ranks.raise_on_every_rank(error)
 
 
+def _write_common(common: dict[str, Any], folder: Path) -> None:
+    """The part that is not sharded, through memory: given a path, torch hides the errno of a failed write."""
+    content = io.BytesIO()
+    torch.save(common, content)
+    with open(folder / COMMON_STATE_FNAME, "wb") as file:
+        file.write(content.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class _Writer(FileSystemWriter):
+    """torch's writer, which writes in this process (Megatron-Core's starts a manager and workers for each save).
+
+    A failed write reaches the other ranks pickled, which drops what an exception was caused by: the errno is dug out
+    before.
+    """
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        """See the base class."""
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            raise _os_error(error) or error from None
+
+    def finish(self, metadata: Any, results: Any) -> None:
+        """See the base class."""
+        try:
+            super().finish(metadata, results)
+        except Exception as error:
+            raise _os_error(error) or error from None
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def _first_failure(failure: CheckpointException) -> Exception:
-    """torch's collection of failures as one ordinary exception; an ``OSError`` keeps its errno."""
+    """torch's collection of failures as one ordinary exception; an ``OSError`` stays one."""
     rank, (error, _) = min(failure.failures.items())
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OSError):
-        cause = cause.__cause__ or cause.__context__
-    if isinstance(cause, OSError):
-        return OSError(cause.errno, cause.strerror or str(cause), cause.filename)
-    return RuntimeError(f"rank {rank} could not write the checkpoint: {type(error).__name__}: {error}")
+    return error if isinstance(error, OSError) else RuntimeError(f"rank {rank}: {type(error).__name__}: {error}")
 
 
 def load(folder: Path, architecture: Architecture, chunks: Sequence[Decoder], optimizer: Optimizer | None) -> None:
@@ -134,8 +168,8 @@ def _check(folder: Path, architecture: Architecture, need_optimizer: bool) -> No
         ) from failure
     found, expected = common["architecture"], architecture.to_dict()
     for name, value in expected.items():
-        # Neither changes a weight or its shape.
-        if name in ("initializer_range", "max_position_embeddings"):
+        # None of them changes a weight or its shape.
+        if name in ("initializer_range", "max_position_embeddings", "huggingface_config"):
             continue
         if found.get(name) != value:
             raise UserError(

@@ -21,7 +21,7 @@ from rewarm.config.run import RunConfig
 from rewarm.engine import device, layout, ranks
 from rewarm.engine.base import Batch, Engine, StepResult
 from rewarm.engine.megatron import checkpoint, schedule
-from rewarm.engine.megatron.initialize import initialize
+from rewarm.engine.megatron.initialize import clear_padding, initialize
 from rewarm.engine.megatron.optimizer import Optimizer
 from rewarm.engine.megatron.transformer import Decoder, DecoderConfig, build_chunks, decoder_config
 from rewarm.model.architecture import Architecture
@@ -46,6 +46,8 @@ class MegatronEngine(Engine):
         self.chunks: list[Decoder] = build_chunks(config, architecture, self._decoder)
         if config.parent is None:
             initialize(self.chunks, architecture, config.seed)
+        else:
+            clear_padding(self.chunks, architecture)
         self._wrapped = self._wrap(self.chunks)
         self._optimizer = Optimizer(config.optimizer, self._wrapped, self._decoder.bf16)
 
@@ -80,8 +82,7 @@ class MegatronEngine(Engine):
             overlap_param_gather=overlap,
         )
         wrapped = [
-            DistributedDataParallel(self._decoder, settings, chunk, disable_bucketing=index > 0)
-            for index, chunk in enumerate(chunks)
+            _Replica(self._decoder, settings, chunk, disable_bucketing=index > 0) for index, chunk in enumerate(chunks)
         ]
         self._decoder.finalize_model_grads_func = _finalize
         if overlap:
@@ -104,28 +105,27 @@ class MegatronEngine(Engine):
 
     def _forward_backward(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """Loss sums and token counts per domain over all ranks; gradients lie reduced in the buffers."""
-        counts = self._token_counts(batch)
+        length = batch.tokens.shape[1] - 1
+        counts = np.full(len(batch.tokens), length) if batch.loss_mask is None else batch.loss_mask.sum(axis=1)
+        total = counts.sum() * self.layout.data
+        if batch.loss_mask is not None:
+            total = self._sum(counts.sum() * np.float64(self._reports))
         for chunk in self._wrapped:
             chunk.zero_grad_buffer()
         batches = schedule.split(batch.tokens, batch.loss_mask, self.config.batch.micro_batch_size)
-        losses = schedule.train(self._wrapped, batches, max(1, int(counts.sum())))
-        sums: np.ndarray = np.zeros(self._num_domains)
+        losses = schedule.train(self._wrapped, batches, max(1, int(total)))
+        measured: np.ndarray = np.zeros((2, self._num_domains))
         if self._reports:
-            windows = torch.cat(losses).cpu().numpy()
-            sums = np.bincount(batch.domains, weights=windows, minlength=self._num_domains)
-        return self._sum(sums), counts
+            per_window = torch.cat(losses).cpu().numpy(), counts
+            measured = np.stack([np.bincount(batch.domains, values, self._num_domains) for values in per_window])
+        sums, tokens = self._sum(measured)
+        return sums, tokens.astype(np.int64)
 
-    def _token_counts(self, batch: Batch) -> np.ndarray:
-        length = batch.tokens.shape[1] - 1
-        per_window = np.full(len(batch.tokens), length) if batch.loss_mask is None else batch.loss_mask.sum(axis=1)
-        counts = np.bincount(batch.domains, weights=per_window, minlength=self._num_domains)
-        return self._sum(counts if self._reports else np.zeros(self._num_domains)).astype(np.int64)
-
-    def _sum(self, values: np.ndarray) -> np.ndarray:
-        """Sum over all ranks, in float64."""
+    def _sum(self, values: Any) -> Any:
+        """Sum of float64 values over all ranks."""
         if self.world_size == 1:
-            return values.astype(np.float64)
-        return ranks.sum_over_ranks(torch.from_numpy(values).to(self._device, torch.float64)).cpu().numpy()
+            return values
+        return ranks.sum_over_ranks(torch.as_tensor(values).to(self._device, torch.float64)).cpu().numpy()
 
     def evaluate(self, tokens: np.ndarray, micro_batch_size: int) -> np.ndarray:
         """See :meth:`Engine.evaluate`."""
@@ -201,13 +201,27 @@ class MegatronEngine(Engine):
         self._optimizer.weights_changed()
 
     def export_huggingface(
-        self, folder: Path, *, tokenizer: Path | None, dtype: str = "float32", replace: bool = False
+        self,
+        folder: Path,
+        *,
+        tokenizer: Path | None,
+        lineage: Path | None = None,
+        dtype: str = "float32",
+        replace: bool = False,
     ) -> None:
         """See :meth:`Engine.export_huggingface`."""
         from rewarm.engine.megatron.weights import export_model
 
         self._gather_parameters()
-        export_model(self.chunks, self.architecture, folder, getattr(torch, dtype), files=tokenizer, replace=replace)
+        export_model(
+            self.chunks,
+            self.architecture,
+            folder,
+            getattr(torch, dtype),
+            tokenizer=tokenizer,
+            lineage=lineage,
+            replace=replace,
+        )
 
     def rng_state(self) -> Any:
         """See :meth:`Engine.rng_state`."""
@@ -243,6 +257,21 @@ class MegatronEngine(Engine):
         parallel_state.destroy_model_parallel()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+class _Replica(DistributedDataParallel):
+    """Megatron-Core's replica of a chunk, without collectives where there is no other replica: they would copy every
+    gradient and every parameter onto itself."""
+
+    def finish_grad_sync(self, *args: Any, **kwargs: Any) -> None:
+        """See the base class."""
+        if self.dp_group.size() > 1:
+            super().finish_grad_sync(*args, **kwargs)
+
+    def start_param_sync(self, *args: Any, **kwargs: Any) -> None:
+        """See the base class."""
+        if self.dp_group.size() > 1:
+            super().start_param_sync(*args, **kwargs)
 
 
 def _finalize(chunks: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:

@@ -44,6 +44,20 @@ def initialize(chunks: Sequence[Decoder], architecture: Architecture, seed: int)
                 _draw(source, parameter, architecture, seed)
 
 
+@torch.no_grad()
+def clear_padding(chunks: Sequence[Decoder], architecture: Architecture) -> None:
+    """Set the rows that pad the vocabulary to zero.
+
+    Their logits are left out whatever they are, but the gradient of the hidden state passes through them times zero,
+    which undefined memory may turn into a number that is not finite.
+    """
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if name in (_EMBEDDING, _OUTPUT):
+                parameter[max(0, architecture.vocab_size - rank * len(parameter)) :] = 0
+
+
 def _draw(name: str, parameter: Tensor, architecture: Architecture, seed: int) -> None:
     scale = architecture.initializer_range
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):

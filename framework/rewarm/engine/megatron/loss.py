@@ -8,7 +8,6 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 
 class _ExcludePadding(torch.autograd.Function):
@@ -38,6 +37,28 @@ def exclude_padding(logits: Tensor, vocab_size: int) -> Tensor:
     return logits if columns >= width else _ExcludePadding.apply(logits, max(0, columns))
 
 
+class _CrossEntropy(torch.autograd.Function):
+    """Cross entropy that turns the logits into log-probabilities and those into gradients, in place.
+
+    The logits are the largest tensor of a step; torch's own operators would make two more of their size.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        scores = logits.float()
+        torch.ops.aten._log_softmax.out(scores, -1, False, out=scores)
+        ctx.save_for_backward(scores, targets)
+        ctx.dtype = logits.dtype
+        return scores.gather(-1, targets[:, None]).squeeze(-1).neg_()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        scores, targets = ctx.saved_tensors
+        result = scores.exp_()
+        result.scatter_add_(-1, targets[:, None], result.new_full((len(targets), 1), -1.0))
+        return result.mul_(gradients[0][:, None]).to(ctx.dtype), None
+
+
 def token_losses(logits: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
     """Cross entropy of each token in nats, in fp32.
 
@@ -49,9 +70,8 @@ def token_losses(logits: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
     Returns:
         fp32 [S, B], equal on the tensor ranks.
     """
-    targets = labels.t()
+    targets = labels.t().contiguous()
     logits = exclude_padding(logits, vocab_size)
     if parallel_state.get_tensor_model_parallel_world_size() > 1:
-        return vocab_parallel_cross_entropy(logits, targets.contiguous())
-    losses = cross_entropy(logits.float().flatten(0, 1), targets.reshape(-1), reduction="none")
-    return losses.view(targets.shape)
+        return vocab_parallel_cross_entropy(logits, targets)
+    return _CrossEntropy.apply(logits.flatten(0, 1), targets.flatten()).view(targets.shape)

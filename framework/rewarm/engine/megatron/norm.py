@@ -8,8 +8,46 @@ import torch
 from torch import Tensor, nn
 
 
+class _RMSNorm(torch.autograd.Function):
+    """The norm and its gradient by hand: half the passes over memory of torch's composite operators on a CPU.
+
+    With x' = x / rms(x) and y = x' * w: dw = sum(dy * x'), dx = (dy * w - x' * mean(dy * w * x')) / rms(x).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x = hidden.float()
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        scale = mean_square.add_(eps).rsqrt_()
+        ctx.save_for_backward(hidden, weight, scale)
+        return (x * scale).to(hidden.dtype) * weight
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        hidden, weight, scale = ctx.saved_tensors
+        normalised = hidden.float() * scale
+        gradient = gradients[0].float()
+        product = gradient * normalised
+        weight_gradient = product.flatten(0, -2).sum(0)
+        mean = product.mul_(weight).mean(dim=-1, keepdim=True)
+        hidden_gradient = (gradient * weight).addcmul_(normalised, mean, value=-1).mul_(scale)
+        return hidden_gradient.to(hidden.dtype), weight_gradient.to(weight.dtype), None
+
+
+def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``weight * hidden / sqrt(mean(hidden^2) + eps)`` over the last dimension.
+
+    The division is done in fp32 and the product with the weight in the dtype of ``hidden``, as Hugging Face does.
+    """
+    if not hidden.is_cuda:
+        return _RMSNorm.apply(hidden, weight, eps)
+    if hidden.dtype == torch.float32:
+        return nn.functional.rms_norm(hidden, weight.shape, weight, eps)
+    return nn.functional.rms_norm(hidden.float(), weight.shape, None, eps).to(hidden.dtype) * weight
+
+
 class RMSNorm(nn.Module):
-    """``weight * x / sqrt(mean(x^2) + eps)`` over the last dimension, computed in fp32.
+    """:func:`rms_norm` with a weight.
 
     Unlike Megatron-Core's wrapper of torch's norm it may run under sequence parallelism: its weight is marked, so
     that the partial gradients of the ranks are summed.
@@ -24,7 +62,4 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Args: hidden [..., hidden_size]. Returns: the same shape and dtype."""
-        if hidden.dtype == torch.float32:
-            return nn.functional.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
-        normalised = nn.functional.rms_norm(hidden.float(), self.weight.shape, None, self.eps)
-        return normalised.to(hidden.dtype) * self.weight
+        return rms_norm(hidden, self.weight, self.eps)

@@ -16,7 +16,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from rewarm.config.training import OptimizerConfig
-from rewarm.engine import ranks
+from rewarm.engine import device, ranks
 from rewarm.engine.megatron import compat
 
 
@@ -143,8 +143,9 @@ class Optimizer:
         if not math.isfinite(norm):
             return norm, False
         limit = self._settings.gradient_clipping
-        if 0 < limit < norm:
-            torch._foreach_mul_([p.grad for p in self.sharded.get_parameters()], limit / (norm + 1e-6))
+        owned = self.sharded.get_parameters()
+        if 0 < limit < norm and owned:
+            torch._foreach_mul_([parameter.grad for parameter in owned], limit / (norm + 1e-6))
         for group in self.sharded.param_groups:
             group["lr"] = learning_rate
         self.sharded.step_with_ready_grads()
@@ -155,7 +156,7 @@ class Optimizer:
         if gradients:
             squares = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
         else:
-            squares = torch.zeros((), dtype=torch.float64, device=self.sharded._scale_one.device)
+            squares = torch.zeros((), dtype=torch.float64, device=device.local_device())
         return math.sqrt(ranks.sum_over_ranks(squares).item())
 
     def weights_changed(self) -> None:

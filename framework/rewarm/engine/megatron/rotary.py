@@ -2,46 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rewarm.errors import UserError
 from rewarm.model.architecture import Architecture
-
-
-def inverse_frequencies(architecture: Architecture) -> Tensor:
-    """Radians per position of each channel pair: fp32 [head_dim / 2], on the CPU.
-
-    Raises:
-        UserError: if ``rope_scaling`` is of a kind that is not honoured.
-    """
-    dim = architecture.head_dim
-    exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
-    frequencies = 1.0 / (architecture.rope_theta**exponents)
-    scaling = architecture.rope_scaling
-    if scaling is None:
-        return frequencies
-    kind = scaling.get("rope_type", scaling.get("type"))
-    if kind == "default":
-        return frequencies
-    if kind != "llama3":
-        raise UserError(f"rope_scaling of kind {kind!r} is not supported", fix="use a model with kind llama3 or none")
-    return _llama3(frequencies, scaling)
-
-
-def _llama3(frequencies: Tensor, scaling: dict[str, Any]) -> Tensor:
-    """Llama 3.1's scaling: long waves are slowed by ``factor``, short ones kept, the band between interpolated."""
-    factor, original = scaling["factor"], scaling["original_max_position_embeddings"]
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    wavelength = 2 * math.pi / frequencies
-    kept = torch.where(wavelength > original / low, frequencies / factor, frequencies)
-    smooth = (original / wavelength - low) / (high - low)
-    blended = (1 - smooth) * kept / factor + smooth * kept
-    between = ~(wavelength < original / high) & ~(wavelength > original / low)
-    return torch.where(between, blended, kept)
+from rewarm.model.rope import inverse_frequencies
 
 
 class _Rotate(torch.autograd.Function):

@@ -13,6 +13,12 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -21,6 +27,7 @@ from torch.nn.functional import silu
 
 from rewarm.config.run import RunConfig
 from rewarm.engine import device
+from rewarm.engine.megatron.activation import SwiGLU
 from rewarm.engine.megatron.attention import LocalCore, SDPACore, with_rotary
 from rewarm.engine.megatron.loss import token_losses
 from rewarm.engine.megatron.norm import RMSNorm
@@ -60,6 +67,8 @@ def decoder_config(config: RunConfig, architecture: Architecture) -> DecoderConf
         layernorm_epsilon=architecture.norm_epsilon,
         gated_linear_unit=True,
         activation_func=silu,
+        # Takes the activation from the layer's specification, where ours stands.
+        use_te_activation_func=config.megatron.attention != "transformer_engine",
         add_bias_linear=False,
         add_qkv_bias=architecture.qkv_bias,
         qk_layernorm=architecture.qk_norm,
@@ -126,6 +135,7 @@ def layer_spec(attention: str, qk_norm: bool) -> ModuleSpec:
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
     parts = spec.submodules.self_attention.submodules
     parts.core_attention = SDPACore if attention == "sdpa" else LocalCore
+    spec.submodules.mlp.submodules.activation_func = SwiGLU
     if qk_norm:
         parts.q_layernorm = parts.k_layernorm = RMSNorm
     return spec
@@ -154,5 +164,16 @@ def build_chunks(config: RunConfig, architecture: Architecture, decoder: Decoder
             vp_stage=vp_stage,
         )
         chunk.true_vocab_size = architecture.vocab_size
+        _mark_split_weights(chunk)
         chunks.append(chunk)
     return chunks
+
+
+def _mark_split_weights(chunk: Decoder) -> None:
+    """Megatron-Core marks the axis that tensor ranks split only where it draws the weights itself. Unmarked, they
+    would be taken for copies, and all but the first rank's left out of the gradient norm."""
+    axes = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
+    for module in chunk.modules():
+        axis = axes.get(type(module))
+        if axis is not None and module.weight is not None:
+            set_tensor_model_parallel_attributes(module.weight, True, axis, 1)

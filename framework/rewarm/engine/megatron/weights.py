@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 
+from rewarm.engine import ranks
 from rewarm.errors import UserError
 from rewarm.model.architecture import Architecture
 from rewarm.model.files import carry_files, written_aside
@@ -103,12 +105,8 @@ def export_weights(
     Raises:
         UserError: on every rank, if rank 0 cannot write.
     """
-    problem: list[str | None] = [None]
-    if _in_first_replica():
-        problem[0] = _stream(chunks, architecture, Path(folder), dtype)
-    dist.broadcast_object_list(problem, src=0)
-    if problem[0] is not None:
-        raise UserError(problem[0], fix=_DISK)
+    problem = _stream(chunks, architecture, Path(folder), dtype) if _in_first_replica() else None
+    ranks.raise_on_every_rank(None if problem is None else UserError(problem, fix=_DISK))
 
 
 def export_model(
@@ -117,7 +115,8 @@ def export_model(
     folder: str | Path,
     dtype: torch.dtype,
     *,
-    files: Path | None,
+    tokenizer: Path | None = None,
+    lineage: Path | None = None,
     replace: bool = False,
 ) -> None:
     """Write a whole Hugging Face folder, which takes its name only when everything in it is on the disk. Collective.
@@ -127,7 +126,8 @@ def export_model(
         architecture: what they were built from.
         folder: the name it gets; only rank 0's disk is used.
         dtype: as for :func:`export_weights`.
-        files: a folder whose tokenizer, generation and licence files go along; None means none.
+        tokenizer: a folder whose tokenizer, generation and licence files go along; None means none.
+        lineage: the lineage.json that goes along, so that a stage which continues the export knows its ancestors.
         replace: take the place of what is there, instead of refusing.
 
     Raises:
@@ -139,8 +139,10 @@ def export_model(
             aside = stack.enter_context(written_aside(folder, replace=replace))
             config = config_for_huggingface(architecture, str(dtype).removeprefix("torch."))
             (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            if files is not None:
-                carry_files(files, aside)
+            if tokenizer is not None:
+                carry_files(tokenizer, aside)
+            if lineage is not None:
+                shutil.copyfile(lineage, aside / "lineage.json")
             return aside
 
         aside = _on_main(begin)
@@ -151,17 +153,15 @@ def export_model(
 def _on_main(action: Callable[[], _T]) -> _T | None:
     """What the action returns on rank 0, None elsewhere; what it raises, raised on every rank. Collective."""
     value: _T | None = None
-    problem: list[tuple[str, str | None] | None] = [None]
+    error: UserError | None = None
     if dist.get_rank() == 0:
         try:
             value = action()
-        except UserError as error:
-            problem[0] = (error.message, error.fix)
-        except OSError as error:
-            problem[0] = (f"cannot write {error.filename}: {error.strerror}", _DISK)
-    dist.broadcast_object_list(problem, src=0)
-    if problem[0] is not None:
-        raise UserError(problem[0][0], fix=problem[0][1])
+        except UserError as problem:
+            error = problem
+        except OSError as problem:
+            error = UserError(f"cannot write {problem.filename}: {problem.strerror or problem}", fix=_DISK)
+    ranks.raise_on_every_rank(error)
     return value
 
 

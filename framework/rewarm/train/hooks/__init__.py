@@ -5,6 +5,7 @@ from __future__ import annotations
 from rewarm.train.hooks.base import Hook
 from rewarm.train.hooks.checkpoint import CheckpointHook
 from rewarm.train.hooks.evaluation import EvaluationHook
+from rewarm.train.hooks.mixture import MixtureHook
 from rewarm.train.hooks.signals import SignalHook
 from rewarm.train.hooks.tracking import TrackingHook
 
@@ -17,4 +18,4 @@ def standard_hooks() -> list[Hook]:
     Signals come first, so that the others know of a stop: evaluation is then left to the resume, which finds it due,
     and the checkpoint is written at once. The checkpoint comes last, so that it holds what the others changed.
     """
-    return [SignalHook(), TrackingHook(), EvaluationHook(), CheckpointHook()]
+    return [SignalHook(), TrackingHook(), EvaluationHook(), MixtureHook(), CheckpointHook()]

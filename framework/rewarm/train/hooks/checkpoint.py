@@ -32,6 +32,7 @@ class CheckpointHook(Hook):
             self._save(run)
 
     def _save(self, run: Run) -> None:
+        run.tracker.sync()
         checkpoint = save_checkpoint(
             run.engine,
             run.folder / "checkpoints",

@@ -1,0 +1,209 @@
+"""The loop's side of a mixer: what happens at an evaluation, and what is remembered between them.
+
+At an evaluation the main rank asks :meth:`MixtureController.propose` for a change and broadcasts it; every rank then
+calls :meth:`MixtureController.commit` and schedules the weights. The weight log is written before they can take effect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rewarm.config.mixture import MixtureConfig, PhaseConfig
+from rewarm.errors import UserError
+from rewarm.mixing.mixers.base import Mixer, Observation
+from rewarm.mixing.mixture import blend
+from rewarm.mixing.repetition import cap_weights
+from rewarm.mixing.sampler import Sampler
+from rewarm.mixing.weight_log import WeightEntry, WeightLog
+from rewarm.mixing.weights import TOTAL, align
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A decision about the weights, for all ranks."""
+
+    entry: WeightEntry
+    """What the weight log holds about it."""
+    state: dict[str, Any]
+    """State of the controller after it."""
+    is_logged: bool
+    """True if the log held the entry already, from before an interruption."""
+
+
+class MixtureController:
+    """Turns held-out and training losses into scheduled weights.
+
+    Replayed domains keep their shares: the mixer divides what replay leaves among the new domains.
+
+    Args:
+        mixture: the configuration section.
+        mixer: of the new domains, see :func:`rewarm.mixing.mixers.build.build_mixer`.
+        replayed: proportion of each replayed domain; they follow the new domains in every per-domain array.
+        replay_fraction: their share of all samples.
+        total_samples: of the stage; epoch caps are kept over what is left of them.
+    """
+
+    def __init__(
+        self,
+        mixture: MixtureConfig,
+        mixer: Mixer,
+        *,
+        replayed: Mapping[str, float],
+        replay_fraction: float,
+        total_samples: int,
+    ) -> None:
+        self.mixer = mixer
+        self.is_active = mixture.is_updated
+        """False if no evaluation can change the weights."""
+        self._phases = {number: phase for number, phase in enumerate(mixture.phases) if phase.loss_below is not None}
+        self._replayed, self._replay_fraction = dict(replayed), replay_fraction
+        self._total_samples = total_samples
+        self._loss_sums = np.zeros(len(mixer.names))
+        self._counts = np.zeros(len(mixer.names), dtype=np.int64)
+        self._begun: list[int] = []
+        self.last_step = -1
+        """Step of the last evaluation that was used; -1 before the first."""
+        for number, phase in self._phases.items():
+            unknown = sorted(set(phase.loss_below or {}) - {*mixer.names, *replayed})
+            if unknown:
+                raise UserError(f"mixture.phased.phases[{number}].loss_below names {unknown[0]!r}, which is no domain")
+
+    def observe(self, loss_sums: np.ndarray, token_counts: np.ndarray) -> None:
+        """Add a training step. New domains come first; what follows them is not the mixer's.
+
+        Args:
+            loss_sums: float64 [D], nats.
+            token_counts: int64 [D].
+        """
+        count = len(self._counts)
+        self._loss_sums += loss_sums[:count]
+        self._counts += token_counts[:count]
+
+    def propose(
+        self, step: int, losses: Mapping[str, float], at_sample: int, sampler: Sampler, log: WeightLog
+    ) -> Change:
+        """Decide at an evaluation. On the main rank only; nothing but this controller changes; :meth:`commit` tells
+        the others.
+
+        A loss that is not finite leaves the weights as they are, and the log says so. An entry that the log holds for
+        the same sample, from before an interruption, is followed whatever would be computed now.
+
+        Args:
+            step: steps trained so far.
+            losses: held-out loss of every domain, nats per token; domains beyond those of the stage are ignored.
+            at_sample: first global sample index that no rank can have drawn yet; a function of the step alone.
+            sampler: drawing the stage's samples.
+            log: of the run.
+        """
+        assert self.is_active, "no evaluation changes these weights"
+        names = self.mixer.names
+        bad = [name for name in names if not np.isfinite(losses[name])]
+        if bad:
+            shares, reason = None, f"step {step}: weights kept, the evaluation gave {losses[bad[0]]} for {bad[0]}"
+        else:
+            shares, reason = self._decide(step, losses)
+            shares, reason = self._capped(shares, reason, at_sample, sampler)
+        if shares is None:
+            weights = self._effective(at_sample, sampler)
+        else:
+            new = dict(zip(names, shares.tolist(), strict=True))
+            weights = dict(
+                zip(sampler.names, blend(new, self._replayed, self._replay_fraction)[1].tolist(), strict=True)
+            )
+        logged = log.at(at_sample)
+        entry = logged if logged is not None else WeightEntry(at_sample, weights, reason)
+        self._adopt(entry, sampler)
+        self.last_step = step
+        self._loss_sums[:], self._counts[:] = 0.0, 0
+        return Change(entry, self.state_dict(), logged is not None)
+
+    def commit(self, change: Change, log: WeightLog | None) -> tuple[np.ndarray, int]:
+        """Take over a change on every rank.
+
+        Args:
+            change: what the main rank proposed.
+            log: on the main rank; None elsewhere.
+
+        Returns:
+            What to schedule: int64 [K] in the order of the sampler's domains, and the sample index.
+        """
+        if log is not None and not change.is_logged:
+            log.append(change.entry.sample, change.entry.weights, change.entry.reason)
+        self.load_state_dict(change.state)
+        names = [*self.mixer.names, *self._replayed]
+        return align(change.entry.weights, names), change.entry.sample
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides later changes, as plain JSON values."""
+        return {
+            "mixer": self.mixer.state_dict(),
+            "loss_sums": self._loss_sums.tolist(),
+            "token_counts": self._counts.tolist(),
+            "begun": self._begun,
+            "last_step": self.last_step,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what :meth:`state_dict` gave."""
+        self.mixer.load_state_dict(state["mixer"])
+        self._loss_sums = np.array(state["loss_sums"], dtype=np.float64)
+        self._counts = np.array(state["token_counts"], dtype=np.int64)
+        self._begun, self.last_step = list(state["begun"]), int(state["last_step"])
+
+    def _decide(self, step: int, losses: Mapping[str, float]) -> tuple[np.ndarray | None, str]:
+        if self._phases:
+            return self._phase(step, losses)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            training = self._loss_sums / self._counts
+        held_out = np.array([losses[name] for name in self.mixer.names], dtype=np.float64)
+        shares = self.mixer.update(
+            Observation(step, losses=held_out, training_losses=training, training_counts=self._counts.copy())
+        )
+        note = f" ({self.mixer.note})" if self.mixer.note else ""
+        return shares, f"step {step}: {self.mixer.name}{note}"
+
+    def _phase(self, step: int, losses: Mapping[str, float]) -> tuple[np.ndarray | None, str]:
+        """The last phase that begins now, if any; a phase begins once."""
+        begins = [n for n, phase in self._phases.items() if n not in self._begun and _reached(phase, losses)]
+        if not begins:
+            return None, f"step {step}: no phase begins"
+        self._begun = sorted({*self._begun, *begins})
+        weights = self._phases[begins[-1]].weights
+        shares = np.array([weights[name] for name in self.mixer.names], dtype=np.float64)
+        return shares / shares.sum(), f"step {step}: phase {begins[-1]}, losses reached"
+
+    def _capped(
+        self, shares: np.ndarray | None, reason: str, at_sample: int, sampler: Sampler
+    ) -> tuple[np.ndarray | None, str]:
+        """Lower the shares that would exceed a domain's ``max_epochs`` in what is left of the stage."""
+        left = self._total_samples - at_sample
+        if shares is None or left <= 0:
+            return shares, reason
+        taken = sampler.projected(at_sample)
+        limits = [float("inf") if d.limit is None else max(0.0, d.limit - taken[d.name]) for d in sampler.domains]
+        caps = np.array(limits[: len(shares)]) / left / (1 - self._replay_fraction)
+        try:
+            capped = cap_weights(shares, caps)
+        except UserError as error:
+            return None, f"{reason}; weights kept: {error.message}"
+        lowered = [name for name, before, after in zip(self.mixer.names, shares, capped, strict=True) if after < before]
+        exceeded = [name for name, share, cap in zip(self.mixer.names, shares, caps, strict=True) if share > cap]
+        return capped, f"{reason}; max_epochs caps {', '.join(exceeded)}" if exceeded and lowered else reason
+
+    def _effective(self, at_sample: int, sampler: Sampler) -> dict[str, int]:
+        weights = sampler.weights
+        for sample, pending in sampler.pending:
+            weights = pending if sample <= at_sample else weights
+        return {name: int(weight) for name, weight in zip(sampler.names, weights, strict=True)}
+
+    def _adopt(self, entry: WeightEntry, sampler: Sampler) -> None:
+        weights = align(entry.weights, sampler.names)[: len(self.mixer.names)]
+        self.mixer.adopt(weights / TOTAL)
+
+
+def _reached(phase: PhaseConfig, losses: Mapping[str, float]) -> bool:
+    return all(losses[name] < bound for name, bound in (phase.loss_below or {}).items())

@@ -1,0 +1,74 @@
+"""DoReMi: group distributionally robust weights of a proxy against a reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from rewarm.mixing.mixers.base import Mixer, Observation, exponentiated_gradient
+
+
+class DoReMiMixer(Mixer):
+    """Xie et al., "DoReMi: Optimizing Data Mixtures Speeds Up Language Model Pretraining", 2023.
+
+    ``w <- w * exp(step_size * max(l - l_reference, 0))``, normalised, then a floor; the result is the *mean* of the
+    weights over all updates. In the paper the maximum is taken per token of the proxy's training batch, and the proxy
+    samples at the reference weights while its loss is weighted; here it is taken of the losses observed. A domain that
+    was not observed (NaN) keeps its last excess.
+
+    Cost per update: the losses of proxy and reference. State: weights, sum of weights, count, last excess.
+
+    Args:
+        names: K domains.
+        weights: float64 [K].
+        reference: float64 [K], losses of the reference model.
+        step_size: factor of the excess; 1 in the published code.
+        floor: share spread equally; 1e-3 in the published code.
+    """
+
+    name = "doremi"
+    needs = ("losses",)
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        weights: np.ndarray,
+        reference: np.ndarray,
+        *,
+        step_size: float = 1.0,
+        floor: float = 1e-3,
+    ) -> None:
+        super().__init__(names, weights)
+        self.reference, self.step_size, self.floor = reference, step_size, floor
+        self._sum, self._count = np.zeros(len(self.names)), 0
+        self._excess = np.zeros(len(self.names))
+
+    @property
+    def average(self) -> np.ndarray:
+        """float64 [K]; mean of the weights so far, the method's result."""
+        return self._sum / self._count if self._count else self.weights.copy()
+
+    def _next(self, observation: Observation) -> np.ndarray:
+        assert observation.losses is not None
+        excess = np.maximum(observation.losses - self.reference, 0.0)
+        self._excess = np.where(np.isnan(excess), self._excess, excess)
+        weights = exponentiated_gradient(self.weights, self._excess, self.step_size, self.floor)
+        self._sum, self._count = self._sum + weights, self._count + 1
+        return weights
+
+    def details(self) -> dict[str, dict[str, float]]:
+        """The mean of the weights."""
+        return {"average": self._by_name(self.average)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, their sum and count, and the last excess."""
+        own = {"sum": self._sum.tolist(), "count": self._count, "excess": self._excess.tolist()}
+        return super().state_dict() | own
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what :meth:`state_dict` gave."""
+        super().load_state_dict(state)
+        self._sum, self._count = np.array(state["sum"], dtype=np.float64), int(state["count"])
+        self._excess = np.array(state["excess"], dtype=np.float64)

@@ -1,0 +1,79 @@
+"""From a file of finished runs on different mixtures to a proposed mixture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rewarm.errors import UserError
+from rewarm.mixing.mixers.base import by_domain
+from rewarm.mixing.mixture_law import fit_mixture_law, propose_mixture
+from rewarm.mixing.weights import check_weights
+
+
+def propose(
+    path: str | Path,
+    prior: Mapping[str, float],
+    *,
+    importance: Mapping[str, float] | None = None,
+    caps: Mapping[str, float] | None = None,
+    divergence: float = 0.05,
+) -> dict[str, Any]:
+    """Fit the mixing law to the runs of a file and propose the best mixture near a prior.
+
+    Args:
+        path: JSON lines ``{"weights": {domain: share}, "loss": {evaluated domain: nats}}``, one run each.
+        prior: mixture to stay near, any scale; names the domains.
+        importance: weight of each evaluated domain; None means equal.
+        caps: largest share of some domains.
+        divergence: nats of loss per nat of divergence from the prior.
+
+    Returns:
+        ``weights`` and predicted ``loss`` by domain, and the ``worst_residual`` of the fit in nats.
+
+    Raises:
+        UserError: if the file cannot be used or the caps cannot be met.
+    """
+    names = list(prior)
+    check_weights(list(prior.values()), names)
+    mixtures, losses, evaluated = _read(Path(path), names)
+    law = fit_mixture_law(mixtures, losses)
+    given = None if importance is None else by_domain(importance, evaluated, "--importance")
+    if given is not None:
+        check_weights(given, evaluated)
+        given = given / given.sum()
+    limits = None if caps is None else by_domain({**dict.fromkeys(names, 1.0), **caps}, names, "--caps")
+    best = propose_mixture(law, list(prior.values()), importance=given, divergence=divergence, caps=limits)
+    return {
+        "weights": dict(zip(names, best.tolist(), strict=True)),
+        "loss": dict(zip(evaluated, law(best).tolist(), strict=True)),
+        "worst_residual": float(np.abs(law.residuals).max()),
+    }
+
+
+def _read(path: Path, names: list[str]) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise UserError(f"cannot read the runs {path}: {error.strerror}", fix="check the path") from error
+    mixtures, losses = [], []
+    evaluated: list[str] = []
+    for number, line in enumerate(lines, start=1):
+        where = f"{path}:{number}"
+        try:
+            value = json.loads(line)
+            shares, measured = dict(value["weights"]), dict(value["loss"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f'{where} is not {{"weights": {{...}}, "loss": {{...}}}}: {error}') from error
+        evaluated = evaluated or list(measured)
+        mixture = by_domain({**dict.fromkeys(names, 0.0), **shares}, names, f"weights of {where}")
+        check_weights(mixture, names)
+        mixtures.append(mixture / mixture.sum())
+        losses.append(by_domain(measured, evaluated, f"loss of {where}"))
+    if not mixtures:
+        raise UserError(f"{path} holds no runs")
+    return np.stack(mixtures), np.stack(losses), evaluated

@@ -1,0 +1,58 @@
+"""``status.json`` of a run: how its last invocation stands or ended. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+FILE = "status.json"
+
+State = Literal["running", "finished", "paused", "stopped"]
+
+
+@dataclass(frozen=True, slots=True)
+class RunStatus:
+    """What the main rank last said."""
+
+    state: State
+    """running; finished: the stage is at its end; paused: at ``stop_at``; stopped: by a signal, after saving. A run
+    that says running and that nobody owns has died."""
+    step: int
+    """Steps trained when this was written."""
+    total_steps: int
+    """Steps of the stage."""
+    reason: str | None = None
+    """What stopped it, such as SIGTERM."""
+    attempt: str | None = None
+    """``<job>.<restarts>`` under SLURM; None elsewhere."""
+    time: float = 0.0
+    """Unix time of writing."""
+
+
+def this_attempt() -> str | None:
+    """Which attempt of which SLURM job this process belongs to, None outside SLURM."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return None if job is None else f"{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+
+
+def write_status(run: Path, state: State, step: int, total_steps: int, reason: str | None = None) -> None:
+    """Replace the status of a run; a reader sees the old one or the new one. Main rank only."""
+    status = RunStatus(state, step, total_steps, reason, this_attempt(), time.time())
+    aside = run / f".{FILE}"
+    with open(aside, "w") as file:
+        json.dump(asdict(status), file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, run / FILE)
+
+
+def read_status(run: Path) -> RunStatus | None:
+    """The status of a run, None if it never started."""
+    try:
+        return RunStatus(**json.loads((run / FILE).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None

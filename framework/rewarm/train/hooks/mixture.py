@@ -1,0 +1,61 @@
+"""Weights that follow the losses: after an evaluation the mixer decides, and a later sample obeys."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from rewarm.mixing.controller import Change
+from rewarm.mixing.weight_log import WeightLog
+from rewarm.tracking.metrics import read_lines
+from rewarm.train.hooks.base import Hook
+
+if TYPE_CHECKING:
+    from rewarm.train.run import Run, StepRecord
+
+
+class MixtureHook(Hook):
+    """Updates a closed-loop mixer at every evaluation; does nothing under a mixer whose weights are known ahead.
+
+    The losses are read back from the run's evaluation file, so that an update that an interruption came before is made
+    by the resume without another evaluation.
+    """
+
+    def start(self, run: Run) -> None:
+        """Build the controller, restore it, and make the update that is due."""
+        self._total_samples = run.config.total_steps * run.config.batch.global_batch_size
+        self._controller = run.stage.controller()
+        if "mixture" in run.extra_state:
+            self._controller.load_state_dict(run.extra_state["mixture"])
+        self._interval = run.config.steps(run.config.evaluation.interval)
+        self._log = WeightLog(run.folder / "mixture.jsonl") if run.engine.is_main else None
+        self._update(run)
+
+    def after_step(self, run: Run, record: StepRecord) -> None:
+        """Add the step's losses, and update after an evaluation."""
+        if self._controller.is_active:
+            self._controller.observe(record.result.loss_sums, record.result.token_counts)
+            self._update(run)
+
+    def _update(self, run: Run) -> None:
+        """Collective at the steps where an evaluation is due, which are the same on every rank."""
+        if not self._controller.is_active:
+            return
+        at_sample = run.feed.first_free_sample
+        is_due = self._interval is not None and run.step % self._interval == 0
+        if is_due and self._controller.last_step < run.step and at_sample < self._total_samples:
+            change = run.engine.broadcast(self._propose(run, at_sample) if run.engine.is_main else None)
+            if change is not None:
+                run.feed.schedule_weights(*self._controller.commit(change, self._log))
+                run.tracker.message(f"weights from sample {at_sample}: {change.entry.reason}")
+        run.extra_state["mixture"] = self._controller.state_dict()
+
+    def _propose(self, run: Run, at_sample: int) -> Change | None:
+        """The change of this step's evaluation; None if a stop came before it."""
+        assert self._log is not None
+        lines = [line for line in read_lines(run.folder / "evaluation.jsonl") if line["step"] == run.step]
+        if not lines:
+            return None
+        measured = {name: domain["loss"] for name, domain in lines[-1]["domains"].items()}
+        losses = {name: math.nan if loss is None else float(loss) for name, loss in measured.items()}
+        return self._controller.propose(run.step, losses, at_sample, run.feed.sampler, self._log)

@@ -1,0 +1,137 @@
+"""What a user can get wrong: one message that names the value and the fix, status 2, no stack trace, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from system.conftest import Workplace, write_domain
+
+MISTAKES = {
+    "missing tokenizer": (["tokenizer=nowhere"], ["tokenizer=nowhere", "no such folder"]),
+    "misspelt key": (["optimizer.nam=sgd"], ["unknown setting optimizer.nam", "optimizer.name"]),
+    "misspelt section": (["optimiser.name=sgd"], ["optimiser", "did you mean optimizer"]),
+    "wrong parent": (["parent=runs/none"], ["parent=runs/none", "no such folder"]),
+    "parent that is no run": (["parent=."], ["neither a run", "Hugging Face folder"]),
+    "ranks and heads": (["parallel.tensor=3"], ["parallel.tensor=3", "num_attention_heads=4"]),
+    "ranks and layers": (["parallel.pipeline=3"], ["parallel.pipeline=3", "num_layers=4"]),
+    "ranks and batch": (["parallel.data=3"], ["global_batch_size=8", "3 data-parallel ranks"]),
+    "missing domain": (["data.threes=nothing"], ["data.threes.path=nothing", "nothing.bin"]),
+    "domain smaller than the batch": (["batch.global_batch_size=4096"], ["windows", "one step takes"]),
+    "empty domain": (["data.threes=empty"], ["empty", "split"]),
+    "truncated .bin": (["data.threes=cut"], ["cut.bin", "bytes"]),
+    "unwritable run folder": (["runs_folder=/proc/nowhere"], ["/proc/nowhere", "cannot be written"]),
+    "no such override": (["batch"], ["not of the form a.b.c=value"]),
+    "contradiction": (["parallel.sequence=true"], ["parallel.sequence=true", "parallel.tensor=1"]),
+    "ignored setting": (["model={num_layers: 2}"], ["model is ignored with parent=runs/base"]),
+    "replay of the unknown": (["replay.domains={countin: 1}"], ["countin", "counting"]),
+    "window longer than the domain": (["batch.sequence_length=4000"], ["less than one window"]),
+    "too many passes": (["data.threes.max_epochs=0.01"], ["max_epochs=0.01", "threes"]),
+}
+
+
+@pytest.fixture(scope="module")
+def place(trained: Workplace, tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """A copy of the trained workplace with damaged domains in it."""
+    folder = tmp_path_factory.mktemp("bad") / "place"
+    shutil.copytree(trained.folder, folder)
+    write_domain(folder / "empty", 5, num_documents=0)
+    write_domain(folder / "cut", 5)
+    os.truncate(folder / "cut.bin", 100)
+    return Workplace(folder)
+
+
+def check_message(output: str, *parts: str) -> None:
+    """One message, with the parts and without a stack trace."""
+    assert output.count("rewarm: ") == 1, output
+    assert "Traceback" not in output, output
+    assert "fix: " in output, output
+    for part in parts:
+        assert part in output, output
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_refused_by_name(place: Workplace, mistake: str) -> None:
+    arguments, parts = MISTAKES[mistake]
+    check_message(place.run("train", "continue.yaml", "name=bad", *arguments, expect=2), *parts)
+
+
+def test_ranks_that_torchrun_started_must_divide(place: Workplace) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m", "rewarm"]
+    ran = subprocess.run(
+        [*command, "train", "continue.yaml", "name=bad", "parallel.tensor=2"],
+        cwd=place.folder, env=place.environment(), text=True, capture_output=True, timeout=120,
+    )  # fmt: skip
+    assert ran.returncode != 0
+    assert "3 ranks cannot be shared by parallel.tensor=2" in ran.stderr
+
+
+def test_tokenizer_of_another_vocabulary(place: Workplace) -> None:
+    """A domain that was built with a larger tokenizer than the model has rows."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    larger = place.folder / "larger"
+    larger.mkdir()
+    tokenizer = Tokenizer(models.WordLevel({f"w{number}": number for number in range(500)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(larger / "tokenizer.json"))
+    (larger / "tokenizer_config.json").write_text('{"eos_token": "w1"}')
+    (place.folder / "words.txt").write_text(
+        "\n".join(" ".join(f"w{n * k % 500}" for n in range(80)) for k in range(60))
+    )
+    place.run("data", "build", "words.txt", "--output", "words", "--tokenizer", "larger", "--held-out", "0.2",
+              "--text-document", "line")  # fmt: skip
+    output = place.run("train", "continue.yaml", "name=bad", "data.threes=words", expect=2)
+    check_message(output, "500", "300", "words")
+    check_message(place.run("train", "continue.yaml", "name=bad", "tokenizer=larger", expect=2), "larger", "300")
+
+
+def test_token_ids_beyond_the_model_are_named_when_read(place: Workplace) -> None:
+    output = place.run("train", "base.yaml", "name=bad", "model.vocab_size=100", expect=2)
+    check_message(output, "counting", "token id", "100 rows")
+
+
+def test_debug_shows_the_stack(place: Workplace) -> None:
+    output = place.run("train", "continue.yaml", "name=bad", "parent=runs/none", "--debug", expect=2)
+    assert "Traceback" in output and "parent=runs/none" in output
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+@pytest.mark.parametrize("layout", [[], ["parallel.data=2"]])
+def test_full_disk_while_saving_loses_nothing(workplace: Workplace, layout: list[str]) -> None:
+    """The second checkpoint does not fit; the first stays whole and the run goes on from it with more space."""
+    small = workplace.folder / "small"
+    small.mkdir()
+    newest = workplace.folder / "runs" / "base" / "checkpoints" / "step-12"
+    size = int(1.6 * sum(path.stat().st_size for path in newest.rglob("*") if path.is_file()))
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(small)]
+    mounted = subprocess.run(mount, capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount: {mounted.stderr.decode().strip()}")
+    try:
+        output = workplace.run("train", "continue.yaml", "runs_folder=small", *layout, expect=2)
+        check_message(output, "cannot save a checkpoint", "No space left on device")
+        saved = [path.name for path in (small / "continue" / "checkpoints").iterdir()]
+        assert sorted(saved) == ["latest", "step-3"], saved
+        subprocess.run(["mount", "-o", "remount,size=64m", str(small)], check=True)
+        workplace.run("train", "continue.yaml", "runs_folder=small", *layout)
+        lines = [json.loads(line) for line in (small / "continue" / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == list(range(1, 13))
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)
+
+
+def test_a_resume_with_another_recipe_is_refused(workplace: Workplace) -> None:
+    workplace.run("train", "continue.yaml", "stop_at=3 steps")
+    before = Path(workplace.folder / "runs" / "continue" / "metrics.jsonl").read_bytes()
+    output = workplace.run("train", "continue.yaml", "schedule.peak=1", expect=2)
+    check_message(output, "schedule.peak=0.003", "schedule.peak=1", "parent: ")
+    output = workplace.run("train", "continue.yaml", "seed=7", expect=2)
+    check_message(output, "seed=1234", "seed=7")
+    assert Path(workplace.folder / "runs" / "continue" / "metrics.jsonl").read_bytes() == before

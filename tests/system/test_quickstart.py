@@ -1,0 +1,65 @@
+"""The commands of the README, shortened, in a folder of their own."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the quickstart needs of the project, without its runs and its data."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    for name in ("scripts", "configs"):
+        shutil.copytree(ROOT / name, folder / name)
+    return folder
+
+
+def shell(place: Path, command: str, timeout: float = 280) -> str:
+    """Run a command with the interpreter of the tests instead of a new environment."""
+    environment = {
+        **os.environ,
+        "REWARM_USE_ACTIVE_PYTHON": "1",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT / "framework"),
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "150",
+        "WANDB_MODE": "offline",
+    }
+    ran = subprocess.run(
+        ["bash", "-c", command], cwd=place, env=environment, text=True, timeout=timeout,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout
+    assert "Traceback" not in ran.stdout and "Warning" not in ran.stdout, ran.stdout
+    return ran.stdout
+
+
+def test_quickstart_twice_and_its_configs_on_four_ranks(place: Path) -> None:
+    assert "bash scripts/quickstart.sh" in (ROOT / "README.md").read_text()
+    first = shell(place, "bash scripts/quickstart.sh 'duration=12 steps'")
+    again = shell(place, "bash scripts/quickstart.sh 'duration=12 steps'")
+    for output in (first, again):
+        for domain in ("english", "python", "cpp"):
+            assert re.search(rf"{domain}: engine (\d+\.\d+), transformers \d+\.\d+ nats/token, equal to 0.0001", output)
+        assert "it writes: 'The module" in output
+    table = [line for line in first.splitlines() if "learned" in line or "forgot" in line]
+    assert table == [line for line in again.splitlines() if "learned" in line or "forgot" in line] and len(table) >= 4
+    assert (place / "runs" / "quickstart-continue" / "huggingface" / "model.safetensors").exists()
+    # The same stage on four ranks, as in the README, ends where one process did.
+    command = "rewarm train configs/quickstart/continue.yaml parallel.tensor=2 parallel.pipeline=2"
+    assert command in (ROOT / "README.md").read_text()
+    shell(place, f"{command} name=ranks 'duration=12 steps'")
+    ends = [shell(place, f"rewarm evaluate runs/{run} --json").strip() for run in ("quickstart-continue", "ranks")]
+    losses = [re.findall(r'"loss": ([\d.]+)', end) for end in ends]
+    assert len(losses[0]) == 3
+    for one, four in zip(*losses, strict=True):
+        assert float(four) == pytest.approx(float(one), abs=1e-4)

@@ -1,0 +1,43 @@
+"""``rewarm config`` as a user types it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from rewarm.cli.config import app
+from rewarm.config.load import load
+from rewarm.config.reference import reference
+from rewarm.errors import UserError
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Path:
+    path = tmp_path / "stage.yaml"
+    path.write_text("name: a\nmodel: {}\ndata: {d: p}\nduration: 100 steps\n")
+    return path
+
+
+def test_show_prints_a_configuration_that_resolves_to_itself(stage: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["show", str(stage), "schedule.kind=wsd", "schedule.peak=1e-3"])
+    assert result.exit_code == 0
+    again = tmp_path / "again.yaml"
+    again.write_text(result.stdout)
+    assert load(again) == load(stage, ["schedule.kind=wsd", "schedule.peak=1e-3"])
+    assert yaml.safe_load(result.stdout)["checkpoint"]["keep"] == 2
+    assert "# length: 100 steps of 8,192 tokens, 819,200 tokens\n" in result.stdout
+    assert "# learning rate: warm-up 0 to 0.001 over 1 step, constant 0.001 over 79 steps" in result.stdout
+
+
+def test_show_refuses_what_training_would_refuse(stage: Path) -> None:
+    for override in ("seeds=3", "schedule.warmup=101 steps"):
+        result = CliRunner().invoke(app, ["show", str(stage), override])
+        assert isinstance(result.exception, UserError)
+        assert result.stdout == ""
+
+
+def test_reference_prints_the_document() -> None:
+    assert CliRunner().invoke(app, ["reference"]).stdout == reference()

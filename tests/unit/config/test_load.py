@@ -1,0 +1,156 @@
+"""From YAML and overrides to a checked configuration, and what a user reads when something is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rewarm.config.load import apply_override, build, dump, load
+from rewarm.config.section import parse_duration, resolve_duration
+from rewarm.errors import UserError
+
+BASE: dict[str, Any] = {"name": "run", "data": {"english": "data/english"}, "model": {}}
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "stage.yaml"
+    path.write_text(text)
+    return path
+
+
+def refused(values: dict[str, Any]) -> str:
+    with pytest.raises(UserError) as error:
+        build(values)
+    return str(error.value)
+
+
+def test_numbers_are_read_as_people_write_them(tmp_path: Path) -> None:
+    config = load(write(tmp_path, "name: a\nmodel: {}\ndata: {d: p}\nschedule: {peak: 3e-4, minimum: 1.5E-5}\n"))
+    assert (config.schedule.peak, config.schedule.minimum) == (3e-4, 1.5e-5)
+
+
+def test_a_plain_string_is_a_domain_path() -> None:
+    assert build(BASE).data["english"].path == "data/english"
+
+
+def test_overrides_reach_any_depth(tmp_path: Path) -> None:
+    path = write(tmp_path, yaml.safe_dump(BASE))
+    overrides = [
+        "schedule.peak=1e-3",
+        "data.english.max_epochs=2",
+        "data.code=data/code",
+        "tracking.wandb.mode=disabled",
+        "duration=2e6 tokens",
+        "mixture.weights={english: 1, code: 3}",
+        "parent=null",
+    ]
+    config = load(path, overrides)
+    assert config.schedule.peak == 1e-3
+    assert (config.data["english"].path, config.data["english"].max_epochs) == ("data/english", 2)
+    assert config.data["code"].path == "data/code"
+    assert config.tracking.wandb.mode == "disabled"
+    assert config.total_steps == round(2e6 / (32 * 256))
+    assert config.mixture.weights == {"english": 1, "code": 3}
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("schedule.peak", "not of the form"),
+        ("=3", "not of the form"),
+        ("a..b=3", "not of the form"),
+        ("name.first=3", "name holds 'run'"),
+        ("data.english.path.x=3", "path holds 'data/english'"),
+        ("seed={", "not valid YAML"),
+    ],
+)
+def test_overrides_that_cannot_be_applied(override: str, part: str) -> None:
+    with pytest.raises(UserError, match=part):
+        values = {**BASE, "data": dict(BASE["data"])}
+        apply_override(values, override)
+
+
+@pytest.mark.parametrize(
+    ("values", "hint"),
+    [
+        ({"schedul": {}}, "unknown setting schedul; did you mean schedule?"),
+        ({"schedule": {"peek": 1}}, "unknown setting schedule.peek; did you mean schedule.peak?"),
+        ({"tracking": {"wandb": {"projekt": "x"}}}, "did you mean tracking.wandb.project?"),
+        ({"data": {"d": {"path": "p", "maxepochs": 1}}}, "did you mean data.d.max_epochs?"),
+        ({"model": {"hidden_sise": 3}}, "did you mean model.hidden_size?"),
+        (
+            {"mixture": {"mixer": "phased", "phased": {"phases": [{"weights": {"english": 1}, "att": "5%"}]}}},
+            "unknown setting mixture.phased.phases.0.att",
+        ),
+    ],
+)
+def test_a_misspelt_key_names_the_nearest(values: dict[str, Any], hint: str) -> None:
+    assert hint in refused({**BASE, **values})
+
+
+def test_a_key_like_no_other_lists_the_known_ones() -> None:
+    text = refused({**BASE, "checkpoint": {"zzz": 1}})
+    assert "known here: interval, keep" in text
+
+
+def test_all_problems_are_told_at_once() -> None:
+    text = refused({"data": {"d": "p"}, "seed": -1, "batch": {"sequence_length": "long"}, "pricision": "float32"})
+    for part in ("name is required", "seed", "batch.sequence_length", "given: 'long'", "did you mean precision?"):
+        assert part in text
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"missing\.yaml: No such file"):
+        load(tmp_path / "missing.yaml")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load(write(tmp_path, "a: [1"))
+    with pytest.raises(UserError, match="list, not a mapping"):
+        load(write(tmp_path, "- 1"))
+    with pytest.raises(UserError, match="NoneType, not a mapping"):
+        load(write(tmp_path, ""))
+
+
+def test_a_resolved_configuration_reads_back_as_itself(tmp_path: Path) -> None:
+    config = build({**BASE, "schedule": {"kind": "wsd", "decay": "10%"}, "duration": "70 steps"})
+    assert load(write(tmp_path, dump(config))) == config
+
+
+def test_example_configurations_are_valid() -> None:
+    paths = sorted((Path(__file__).parents[3] / "configs").rglob("*.yaml"))
+    stages = [path for path in paths if "clusters" not in path.parts]
+    assert stages
+    for path in stages:
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "number", "unit"),
+    [
+        ("200 steps", 200, "steps"),
+        ("1 step", 1, "steps"),
+        ("1e9 tokens", 1e9, "tokens"),
+        ("1_000_000tokens", 1e6, "tokens"),
+        ("2.5%", 2.5, "%"),
+        ("0 steps", 0, "steps"),
+    ],
+)
+def test_durations(text: str, number: float, unit: str) -> None:
+    assert parse_duration(text) == (number, unit)
+
+
+@pytest.mark.parametrize("text", ["200", "-5 steps", "5 percent", "steps", "1e steps", "1 2 steps", ""])
+def test_what_is_no_duration(text: str) -> None:
+    with pytest.raises(ValueError, match="not a duration"):
+        parse_duration(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [("3 steps", 300), ("149 tokens", 100), ("151 tokens", 200), ("1 tokens", 100), ("0 steps", 0), ("10%", 1000),
+     ("0.1%", 100), ("0%", 0)],
+)  # fmt: skip
+def test_durations_resolve_to_whole_steps(text: str, tokens: int) -> None:
+    assert resolve_duration(text, tokens_per_step=100, total_tokens=10_000) == tokens

@@ -1,0 +1,91 @@
+"""What is read from SLURM, and what is refused before anything is queued."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from rewarm.errors import UserError
+from rewarm.launch.batch_script import JobRequest, Places, batch_script
+from rewarm.launch.slurm import Partition, choose_partition, count_gpus, parse_time
+from rewarm.launch.submit import check_request
+
+BATCH = Partition("batch", True, True, 24 * 3600, 16, 12, 64, 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    # The examples of sbatch's manual: minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S.
+    [("90", 5400), ("2:30", 150), ("8:00:00", 28800), ("1-0", 86400), ("1-12:30", 131400), ("2-01:00:05", 176405)],
+)
+def test_times(text: str, seconds: int) -> None:
+    assert parse_time(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "8h", "1:2:3:4", "-5", "1.5", "tomorrow", "0", "0:00:00"])
+def test_bad_times_say_how_to_write_them(text: str) -> None:
+    with pytest.raises(UserError, match="write minutes, H:M:S or D-H:M:S"):
+        parse_time(text)
+
+
+@pytest.mark.parametrize(
+    ("gres", "count"),
+    [("(null)", 0), ("gpu:8", 8), ("gpu:h100:8(S:0-1)", 8), ("gpu:a100_3g.20gb:4,gpu:a100:2,nvme:1", 6), ("nvme:4", 0)],
+)
+def test_gpus_of_a_node(gres: str, count: int) -> None:
+    assert count_gpus(gres) == count
+
+
+def test_no_slurm_on_this_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError, match="no SLURM on this host: sinfo is not on the PATH"):
+        choose_partition(None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"nodes": 17}, "--nodes 17 is more than the 16 nodes of partition 'batch'"),
+        ({"gpus_per_node": 16}, "--gpus-per-node 16, but partition 'batch' has 8 GPUs a node"),
+        ({"time": "2-0"}, "--time 2-0 is above the 1440 minutes of partition 'batch'"),
+        ({"time": "1", "warning": 90}, "--warning 90 s leaves nothing of --time 1"),
+        ({"cpus_per_rank": 16}, "8 ranks a node with 16 CPUs each need 128 CPUs"),
+    ],
+)
+def test_what_the_partition_can_never_serve(changes: dict[str, object], message: str) -> None:
+    values = {"nodes": 2, "ranks_per_node": 8, "gpus_per_node": 8, "time": "8:00:00", **changes}
+    with pytest.raises(UserError, match=message):
+        check_request(JobRequest(**values), BATCH)  # type: ignore[arg-type]
+
+
+def test_nodes_that_are_down_are_mentioned() -> None:
+    request = JobRequest(14, 8, 8, "8:00:00")
+    assert check_request(request, BATCH) == ["only 12 nodes of 'batch' are up now: the job will wait for more"]
+
+
+@pytest.mark.parametrize("container", [None, "/images/rewarm.sif", "nvcr.io#nvidia/pytorch:25.06-py3"])
+def test_the_batch_script_is_valid_shell_and_holds_what_was_asked(tmp_path: Path, container: str | None) -> None:
+    request = JobRequest(
+        4, 8, 8, "12:00:00", "batch", "proj", container, 12, 300, "bad[1-2]", ("qos=high",), "chain"
+    )  # fmt: skip
+    run = tmp_path / "a run"
+    places = Places(run, run / "slurm" / "002", tmp_path, Path("/venv/bin/python"), (tmp_path,))
+    text = batch_script(request, places)
+    for option in (
+        "nodes=4", "ntasks-per-node=8", "gpus-per-node=8", "cpus-per-task=12", "time=12:00:00", "partition=batch",
+        "account=proj", "exclude=bad[1-2]", "signal=USR2@300", "requeue", "open-mode=append",
+        "dependency=singleton", "qos=high", f"output={run}/logs/slurm.out",
+    ):  # fmt: skip
+        assert f"#SBATCH --{option}\n" in text
+    # The arrays as bash reads them, spaces and all.
+    body = text[: text.index("source ")] + 'printf "%s\\n" "${launch[@]}" -- "${train[@]}" -- "$run" "$again"'
+    shown = subprocess.run(["bash", "-euc", body], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert shown[0] == "srun" and shown[-1] == "chain" and shown[-2] == str(run)
+    train = shown[shown.index("--") + 1 :]
+    assert train[1:5] == ["-m", "rewarm", "train", str(run / "slurm" / "002" / "config.yaml")]
+    if container is None:
+        assert train[0] == "/venv/bin/python"
+    else:
+        assert any(container in word for word in shown[: shown.index("--")]) and train[0] == "python3"

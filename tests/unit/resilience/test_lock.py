@@ -1,0 +1,158 @@
+"""One live owner of a run folder, whatever died before."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from rewarm.errors import UserError
+from rewarm.resilience import lock as lock_module
+from rewarm.resilience.lock import STALE_SECONDS, RunLock, find_owner
+from rewarm.resilience.owner import Owner
+
+FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture(autouse=True)
+def outside_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("SLURM")]:
+        monkeypatch.delenv(name)
+
+
+def hold(run: Path, ready: multiprocessing.synchronize.Event) -> None:
+    RunLock(run)
+    ready.set()
+    time.sleep(60)
+
+
+def start_holder(run: Path) -> multiprocessing.process.BaseProcess:
+    ready = FORK.Event()
+    process = FORK.Process(target=hold, args=(run, ready), daemon=True)
+    process.start()
+    assert ready.wait(20)
+    return process
+
+
+def write_owner(run: Path, owner: Owner, number: int = 1, age: float = 0.0) -> Path:
+    path = run / "lock" / f"{number:06d}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({**owner.to_dict(), "released": False}))
+    os.utime(path, (time.time() - age, time.time() - age))
+    return path
+
+
+def elsewhere(**changes: object) -> Owner:
+    values = {"host": "far", "user": "u", "pid": 1, "started": 1, "kernel": "another", "since": 0.0}
+    return Owner(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def test_a_second_process_is_refused_and_told_who_owns_the_run(tmp_path: Path) -> None:
+    holder = start_holder(tmp_path)
+    try:
+        with pytest.raises(UserError, match=f"is being trained by process {holder.pid} on {socket.gethostname()}"):
+            RunLock(tmp_path)
+    finally:
+        holder.kill()
+        holder.join()
+
+
+def test_a_killed_owner_does_not_count(tmp_path: Path) -> None:
+    holder = start_holder(tmp_path)
+    assert find_owner(tmp_path).pid == holder.pid
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.join()
+    assert find_owner(tmp_path) is None
+    RunLock(tmp_path).release()
+
+
+def test_another_process_with_the_same_id_does_not_count(tmp_path: Path) -> None:
+    mine = Owner.this_process()
+    write_owner(tmp_path, Owner(**{**mine.to_dict(), "started": mine.started - 1}))
+    assert find_owner(tmp_path) is None
+
+
+def test_released_is_free_and_numbers_never_fall(tmp_path: Path) -> None:
+    numbers = []
+    for _ in range(5):
+        lock = RunLock(tmp_path)
+        numbers.append(int(lock._path.stem))
+        lock.release()
+        assert find_owner(tmp_path) is None
+    assert numbers == [1, 2, 3, 4, 5]
+    assert len(list((tmp_path / "lock").iterdir())) <= 3
+
+
+@pytest.mark.parametrize(("age", "alive"), [(0.0, True), (STALE_SECONDS + 5, False)])
+def test_an_owner_that_cannot_be_asked_lives_by_its_heartbeat(tmp_path: Path, age: float, alive: bool) -> None:
+    write_owner(tmp_path, elsewhere(), age=age)
+    assert (find_owner(tmp_path) is not None) == alive
+    if alive:
+        with pytest.raises(UserError, match="process 1 on far"):
+            RunLock(tmp_path)
+    else:
+        RunLock(tmp_path).release()
+
+
+def test_the_heartbeat_keeps_an_owner_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock_module, "BEAT_SECONDS", 0.05)
+    lock = RunLock(tmp_path)
+    os.utime(lock._path, (0, 0))
+    deadline = time.monotonic() + 20
+    while lock._path.stat().st_mtime == 0 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert lock._path.stat().st_mtime > 0
+    lock.release()
+
+
+def race(run: Path, start: multiprocessing.synchronize.Event, wins: multiprocessing.queues.Queue) -> None:
+    start.wait()
+    try:
+        RunLock(run)
+    except UserError:
+        wins.put(0)
+    else:
+        wins.put(1)
+        time.sleep(60)
+
+
+def test_of_many_that_claim_a_stale_lock_at_once_one_wins(tmp_path: Path) -> None:
+    write_owner(tmp_path, elsewhere(), number=3, age=STALE_SECONDS + 5)
+    start, wins = FORK.Event(), FORK.Queue()
+    processes = [FORK.Process(target=race, args=(tmp_path, start, wins), daemon=True) for _ in range(8)]
+    for process in processes:
+        process.start()
+    start.set()
+    assert sum(wins.get(timeout=30) for _ in processes) == 1
+    for process in processes:
+        process.kill()
+        process.join()
+
+
+def attempt(run: Path, number: int, ready: multiprocessing.synchronize.Event) -> None:
+    os.environ.update(SLURM_JOB_ID="17", SLURM_RESTART_COUNT=str(number), SLURM_CLUSTER_NAME="c")
+    lock_module.BEAT_SECONDS = 0.2
+    RunLock(run)
+    ready.set()
+    time.sleep(60)
+
+
+def test_a_later_attempt_of_the_same_job_takes_over_and_the_earlier_one_ends_itself(tmp_path: Path) -> None:
+    """A node that SLURM has lost may still run its ranks."""
+    ready = [FORK.Event(), FORK.Event()]
+    processes = [FORK.Process(target=attempt, args=(tmp_path, number, ready[number]), daemon=True) for number in (0, 1)]
+    processes[0].start()
+    assert ready[0].wait(20)
+    processes[1].start()
+    assert ready[1].wait(20)
+    processes[0].join(20)
+    assert processes[0].exitcode == 4 and processes[1].is_alive()
+    assert find_owner(tmp_path).attempt == 1
+    processes[1].kill()
+    processes[1].join()

@@ -1,0 +1,102 @@
+"""The feed reads what the sampler picked, for its rank only, and its state never runs ahead of the step."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rewarm.config.data import DomainConfig
+from rewarm.data.domain import Domain, open_domain
+from rewarm.data.indexed import IndexedWriter, token_dtype
+from rewarm.errors import UserError
+from rewarm.mixing.sampler import SampledDomain, Sampler
+from rewarm.mixing.weights import quantise
+from rewarm.train.feed import PREFETCH_STEPS, Feed
+
+LENGTH, BATCH = 8, 12
+
+
+@pytest.fixture(scope="module")
+def domains(tmp_path_factory: pytest.TempPathFactory) -> list[Domain]:
+    """Three domains in which every token tells its domain and its place."""
+    folder = tmp_path_factory.mktemp("domains")
+    opened = []
+    for number in range(3):
+        writer = IndexedWriter(folder / str(number), token_dtype(60000))
+        for document in range(20):
+            tokens = number * 20000 + document * 100 + np.arange(100)
+            writer.add(tokens.astype(token_dtype(60000)), [100])
+        writer.close()
+        opened.append(open_domain(f"d{number}", DomainConfig(path=str(folder / str(number))), LENGTH))
+    return opened
+
+
+def sampler(domains: list[Domain]) -> Sampler:
+    """Weights that no batch divides evenly."""
+    sampled = [SampledDomain(domain.name, len(domain.train), domain.fingerprint) for domain in domains]
+    return Sampler(sampled, 5, quantise([0.5, 0.3, 0.2]))
+
+
+def feed(domains: list[Domain], rank: int = 0, num_ranks: int = 1, vocab_size: int = 60000) -> Feed:
+    """A feed at the first step."""
+    return Feed(
+        sampler(domains), domains, global_batch_size=BATCH, rank=rank, num_ranks=num_ranks, vocab_size=vocab_size
+    )
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 6, 12])
+def test_ranks_read_disjoint_parts_of_the_single_process_batch(domains: list[Domain], num_ranks: int) -> None:
+    alone = feed(domains)
+    ranks = [feed(domains, rank, num_ranks) for rank in range(num_ranks)]
+    for _ in range(5):
+        whole = alone.next()
+        parts = [one.next() for one in ranks]
+        assert all(part.sample_hash == whole.sample_hash for part in parts)
+        assert all(len(part.batch.tokens) == BATCH // num_ranks for part in parts)
+        np.testing.assert_array_equal(np.concatenate([part.batch.tokens for part in parts]), whole.batch.tokens)
+        np.testing.assert_array_equal(np.concatenate([part.batch.domains for part in parts]), whole.batch.domains)
+        assert len({tuple(row) for row in whole.batch.tokens.tolist()}) == BATCH
+
+
+def test_windows_come_from_the_domain_and_place_that_were_drawn(domains: list[Domain]) -> None:
+    fed = feed(domains).next()
+    for row, domain, window in zip(fed.batch.tokens, fed.draw.domains, fed.draw.windows, strict=True):
+        assert row[0] == domain * 20000 + window * LENGTH // 100 * 100 + window * LENGTH % 100
+        np.testing.assert_array_equal(row[: LENGTH + 1], domains[domain].train.read(np.array([window]))[0])
+
+
+def test_state_is_of_the_step_that_was_returned_however_far_reading_is(domains: list[Domain]) -> None:
+    one = feed(domains)
+    for _ in range(4):
+        one.next()
+    restored = sampler(domains)
+    restored.load_state_dict(one.state_dict())
+    assert restored.sample_index == 4 * BATCH
+    expected = [one.next().sample_hash for _ in range(3)]
+    again = Feed(restored, domains, global_batch_size=BATCH, rank=0, num_ranks=1, vocab_size=60000)
+    assert [again.next().sample_hash for _ in range(3)] == expected
+
+
+def test_new_weights_take_effect_after_every_prefetch_and_survive_a_restore(domains: list[Domain]) -> None:
+    one = feed(domains)
+    one.next()
+    at_sample = one.first_free_sample
+    assert at_sample == BATCH * (1 + PREFETCH_STEPS + 1)
+    one.schedule_weights(quantise([0.0, 0.0, 1.0]), at_sample)
+    restored = sampler(domains)
+    restored.load_state_dict(one.state_dict())
+    again = Feed(restored, domains, global_batch_size=BATCH, rank=0, num_ranks=1, vocab_size=60000)
+    for step in range(1, 8):
+        fed, other = one.next(), again.next()
+        assert fed.sample_hash == other.sample_hash
+        assert (set(fed.batch.domains.tolist()) == {2}) == (step * BATCH >= at_sample)
+
+
+def test_peek_leaves_the_batch_in_place(domains: list[Domain]) -> None:
+    one = feed(domains)
+    np.testing.assert_array_equal(one.peek().tokens, one.next().batch.tokens)
+
+
+def test_token_ids_beyond_the_model_are_refused_with_the_domain_named(domains: list[Domain]) -> None:
+    with pytest.raises(UserError, match="'d2'.*40000 rows"):
+        feed(domains, vocab_size=40000).next()

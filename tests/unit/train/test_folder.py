@@ -1,0 +1,69 @@
+"""What a resume may change, and what makes another stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rewarm.config.load import build, dump
+from rewarm.config.run import RunConfig
+from rewarm.errors import UserError
+from rewarm.train.folder import check_same_stage, prepare_folder
+
+
+def config(**changes: Any) -> RunConfig:
+    """A small configuration."""
+    return build({"name": "x", "model": {}, "data": {"a": "p"}, **changes})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run folder that was started with the small configuration."""
+    (tmp_path / "config.yaml").write_text(dump(config()))
+    return tmp_path
+
+
+def test_the_same_configuration_passes_silently(folder: Path) -> None:
+    assert check_same_stage(config(), folder) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"parallel": {"tensor": 2}},
+        {"stop_at": "5 steps"},
+        {"data": {"a": "moved/p"}},
+        {"batch": {"micro_batch_size": 2}},
+        {"tracking": {"tensorboard": True}},
+        {"checkpoint": {"keep": 5}},
+        {"activation_recomputation": "full"},
+    ],
+)
+def test_what_leaves_samples_and_schedule_alone_may_change_and_is_told(folder: Path, change: dict[str, Any]) -> None:
+    messages = check_same_stage(config(**change), folder)
+    assert len(messages) == 1 and "changed at this resume" in messages[0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 2},
+        {"duration": "7 steps"},
+        {"schedule": {"peak": 1e-3}},
+        {"batch": {"global_batch_size": 64}},
+        {"data": {"a": "p", "b": "q"}},
+        {"optimizer": {"beta2": 0.9}},
+        {"precision": "bfloat16"},
+    ],
+)
+def test_what_makes_another_stage_is_refused_with_both_values(folder: Path, change: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="and now") as caught:
+        check_same_stage(config(**change), folder)
+    assert "parent:" in str(caught.value.fix)
+
+
+def test_a_folder_that_cannot_be_written_is_named() -> None:
+    with pytest.raises(UserError, match="/proc/nowhere/x cannot be written"):
+        prepare_folder(config(runs_folder="/proc/nowhere"))
