@@ -13,6 +13,7 @@ import typer
 
 from rewarm.cli import config, data, mixture, offload
 from rewarm.cli.cancel import cancel
+from rewarm.cli.convert import convert
 from rewarm.cli.doctor import doctor
 from rewarm.cli.evaluate import evaluate
 from rewarm.cli.export import export
@@ -41,6 +42,7 @@ app.command("cancel")(cancel)
 app.command("evaluate")(evaluate)
 app.command("import")(import_)
 app.command("export")(export)
+app.command("convert")(convert)
 app.add_typer(data.app, name="data")
 app.add_typer(config.app, name="config")
 app.add_typer(mixture.app, name="mixture")
