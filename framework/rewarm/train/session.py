@@ -112,6 +112,7 @@ def assemble(config: RunConfig, stage: Stage, engine: Engine) -> Run:
         sampler,
         stage.trained,
         global_batch_size=config.batch.global_batch_size,
+        total_samples=config.total_steps * config.batch.global_batch_size,
         rank=engine.data_parallel_rank,
         num_ranks=engine.data_parallel_size,
         vocab_size=stage.architecture.vocab_size,
