@@ -113,21 +113,31 @@ def find_checkpoint(group: Group, folder: Path, report: Callable[[str], None]) -
     """
     candidates = group.broadcast([str(path) for path in store.list_checkpoints(folder)])
     for candidate in map(Path, candidates):
-        problem: str | None = None
-        try:
-            names = sorted(store.read_manifest(candidate))
-            store.verify(candidate, names[group.rank :: group.world_size])
-        except store.DamagedCheckpoint as damage:
-            problem = str(damage)
-        problems = [text for text in group.gather(problem) if text is not None]
-        if not problems:
+        damage = find_damage(group, candidate)
+        if damage is None:
             return candidate
-        report(f"checkpoint skipped, it is damaged: {problems[0]}")
+        report(f"checkpoint skipped, it is damaged: {damage}")
     if candidates:
         raise UserError(
             f"every checkpoint in {folder} is damaged", fix="restore one, or remove the folder to start the run again"
         )
     return None
+
+
+def find_damage(group: Group, checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, on every rank; None if its content is what was saved. Collective.
+
+    Args:
+        group: the ranks; each reads its share of the files.
+        checkpoint: the checkpoint.
+    """
+    problem: str | None = None
+    try:
+        names = sorted(store.read_manifest(checkpoint))
+        store.verify(checkpoint, names[group.rank :: group.world_size])
+    except store.DamagedCheckpoint as damage:
+        problem = str(damage)
+    return next((text for text in group.gather(problem) if text is not None), None)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
