@@ -65,6 +65,18 @@ def test_mistakes_are_refused_by_name(place: Workplace, mistake: str) -> None:
     check_message(place.run("train", "continue.yaml", "name=bad", *arguments, expect=2), *parts)
 
 
+@pytest.mark.parametrize("layout", [[], ["parallel.data=2"]])
+def test_a_parent_whose_content_changed(workplace: Workplace, layout: list[str]) -> None:
+    """One flipped bit in the weights, no size changed."""
+    newest = workplace.folder / "runs" / "base" / "checkpoints" / "step-12"
+    shard = max(newest.rglob("*.distcp"), key=lambda path: path.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    output = workplace.run("train", "continue.yaml", *layout, expect=2)
+    check_message(output, "step-12", "is damaged", shard.name)
+
+
 def test_ranks_that_torchrun_started_must_divide(place: Workplace) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m", "rewarm"]
     ran = subprocess.run(

@@ -52,17 +52,17 @@ def import_model(source: Path, output: Path, precision: str, overrides: Iterable
     try:
         engine.import_huggingface(source)
 
+        def prepare(folder: Path) -> None:
+            (folder / MODEL).mkdir()
+            Lineage.load(source).save(folder)
+
         def write(folder: Path) -> None:
-            if engine.is_main:
-                (folder / MODEL).mkdir()
-                Lineage.load(source).save(folder)
-            engine.barrier()
             engine.save(folder / MODEL, optimizer=False)
 
         if engine.is_main:
             (output / TOKENIZER).mkdir(parents=True, exist_ok=True)
             carry_files(source, output / TOKENIZER)
         state = {"architecture": architecture.to_dict(), "precision": precision, "engine": config.engine}
-        return save_checkpoint(engine, output / "checkpoints", 0, write, state, keep=1)
+        return save_checkpoint(engine, output / "checkpoints", 0, prepare, write, state, keep=1)
     finally:
         engine.close()
