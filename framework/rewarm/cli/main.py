@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -69,10 +70,24 @@ def main() -> None:
         _fail(f"rewarm: {error}", status=3, kind="node", debug=debug, host=error.node)
     except KeyboardInterrupt:
         _fail("rewarm: interrupted", status=130, kind="interrupted", debug=False)
+    except OSError as error:
+        if error.errno not in _OF_THE_DISK:
+            _fail(_crash(error, debug), status=1, kind="crash", debug=debug)
+        where = f" ({error.filename})" if error.filename else ""
+        _fail(f"rewarm: {error.strerror}{where}\n  fix: free space or make the place writable, then run the same "
+              "command: it goes on from the last whole checkpoint", status=2, kind="user", debug=debug)  # fmt: skip
     except Exception as error:
-        text = "".join(traceback.format_exception(error)) if debug else f"rewarm: {type(error).__name__}: {error}"
-        _fail(f"{text.rstrip()}\n  this is not a usage error; run again with --debug for the stack trace",
-              status=1, kind="crash", debug=debug)  # fmt: skip
+        _fail(_crash(error, debug), status=1, kind="crash", debug=debug)
+
+
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Whatever was being written: the user mends these, and nothing that was saved before is lost."""
+
+
+def _crash(error: Exception, debug: bool) -> str:
+    """What is printed of an error that is not the user's."""
+    text = "".join(traceback.format_exception(error)) if debug else f"rewarm: {type(error).__name__}: {error}"
+    return f"{text.rstrip()}\n  this is not a usage error; run again with --debug for the stack trace"
 
 
 def _fail(text: str, *, status: int, kind: str, debug: bool, host: str | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -29,6 +30,7 @@ def export_model(
     dtype: str,
     *,
     files: Path | None,
+    lineage: Path | None = None,
     replace: bool,
 ) -> None:
     """Write a folder that ``AutoModelForCausalLM`` loads; it takes its name only when it is whole. Collective.
@@ -42,6 +44,7 @@ def export_model(
         folder: the name it gets; only rank 0's disk is used.
         dtype: ``float32`` or ``bfloat16``, of the tensors written.
         files: a folder whose tokenizer and generation files go along; None means none.
+        lineage: the lineage.json that goes along, so that a stage which continues the export knows its ancestors.
         replace: take the place of what is there.
 
     Raises:
@@ -56,6 +59,8 @@ def export_model(
             for source in {files, Path(model.code_folder) if model.code_folder else None} - {None}:
                 assert source is not None
                 carry_files(source, aside)
+            if lineage is not None:
+                shutil.copyfile(lineage, aside / "lineage.json")
             _copy_code(model, aside)
             shapes = {name: tuple(value.shape) for name, value in buffers.items()} | shards.shapes
             return TensorWriter(aside, shapes, getattr(torch, dtype))
