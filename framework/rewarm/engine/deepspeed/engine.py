@@ -210,11 +210,18 @@ class DeepSpeedEngine(Collectives, Engine):
         self._fill(found[0])
 
     def export_huggingface(
-        self, folder: Path, *, tokenizer: Path | None, dtype: str = "float32", replace: bool = False
+        self,
+        folder: Path,
+        *,
+        tokenizer: Path | None,
+        lineage: Path | None = None,
+        dtype: str = "float32",
+        replace: bool = False,
     ) -> None:
         """See :meth:`Engine.export_huggingface`."""
+        files = export.Companions(tokenizer, lineage)
         export.export_model(
-            self.deepspeed.module, self._shards, self.model, folder, dtype, files=tokenizer, replace=replace
+            self.deepspeed.module, self._shards, self.model, folder, dtype, files=files, replace=replace
         )
 
     def rng_state(self) -> Any:
