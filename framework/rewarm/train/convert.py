@@ -90,16 +90,18 @@ def _settings(model: OpenModel, engine: str, output: Path) -> RunConfig:
 
 
 def _save(model: OpenModel, target: Engine, state: dict[str, Any], output: Path) -> Path:
-    def write(folder: Path) -> None:
+    def prepare(folder: Path) -> None:
         (folder / MODEL).mkdir()
         (folder / RANDOM).mkdir()
         Lineage.load(model.checkpoint).save(folder)
+
+    def write(folder: Path) -> None:
         target.save(folder / MODEL, optimizer=True)
 
     (output / "checkpoints").mkdir(parents=True)
     step = store.step_of(model.checkpoint)
     assert step is not None, f"{model.checkpoint} is not named after a step"
-    return save_checkpoint(target, output / "checkpoints", step, write, state, keep=1)
+    return save_checkpoint(target, output / "checkpoints", step, prepare, write, state, keep=1)
 
 
 def _write_run_files(model: OpenModel, config: RunConfig, output: Path) -> None:

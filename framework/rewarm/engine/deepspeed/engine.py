@@ -219,15 +219,9 @@ class DeepSpeedEngine(Collectives, Engine):
         replace: bool = False,
     ) -> None:
         """See :meth:`Engine.export_huggingface`."""
+        files = export.Companions(tokenizer, lineage)
         export.export_model(
-            self.deepspeed.module,
-            self._shards,
-            self.model,
-            folder,
-            dtype,
-            files=tokenizer,
-            lineage=lineage,
-            replace=replace,
+            self.deepspeed.module, self._shards, self.model, folder, dtype, files=files, replace=replace
         )
 
     def rng_state(self) -> Any:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +23,16 @@ from rewarm.model.safetensors_io import TensorWriter
 _T = TypeVar("_T")
 
 
+@dataclass(frozen=True, slots=True)
+class Companions:
+    """What goes along with the weights."""
+
+    tokenizer: Path | None
+    """Folder whose tokenizer, generation and licence files are copied."""
+    lineage: Path | None
+    """The lineage.json."""
+
+
 def export_model(
     module: nn.Module,
     shards: Shards,
@@ -29,8 +40,7 @@ def export_model(
     folder: Path,
     dtype: str,
     *,
-    files: Path | None,
-    lineage: Path | None = None,
+    files: Companions,
     replace: bool,
 ) -> None:
     """Write a folder that ``AutoModelForCausalLM`` loads; it takes its name only when it is whole. Collective.
@@ -43,8 +53,7 @@ def export_model(
         model: gives config.json.
         folder: the name it gets; only rank 0's disk is used.
         dtype: ``float32`` or ``bfloat16``, of the tensors written.
-        files: a folder whose tokenizer and generation files go along; None means none.
-        lineage: the lineage.json that goes along, so that a stage which continues the export knows its ancestors.
+        files: what goes along.
         replace: take the place of what is there.
 
     Raises:
@@ -56,12 +65,7 @@ def export_model(
         def begin() -> TensorWriter:
             aside = stack.enter_context(written_aside(folder, replace=replace))
             (aside / "config.json").write_text(json.dumps(_config(model, dtype), indent=2) + "\n", encoding="utf-8")
-            for source in {files, Path(model.code_folder) if model.code_folder else None} - {None}:
-                assert source is not None
-                carry_files(source, aside)
-            if lineage is not None:
-                shutil.copyfile(lineage, aside / "lineage.json")
-            _copy_code(model, aside)
+            _copy_companions(files, model, aside)
             shapes = {name: tuple(value.shape) for name, value in buffers.items()} | shards.shapes
             return TensorWriter(aside, shapes, getattr(torch, dtype))
 
@@ -107,9 +111,13 @@ def _config(model: HuggingFaceModel, dtype: str) -> dict[str, Any]:
     return values | {"torch_dtype": dtype}
 
 
-def _copy_code(model: HuggingFaceModel, target: Path) -> None:
+def _copy_companions(files: Companions, model: HuggingFaceModel, target: Path) -> None:
+    if files.tokenizer is not None:
+        carry_files(files.tokenizer, target)
+    if files.lineage is not None:
+        shutil.copyfile(files.lineage, target / "lineage.json")
     for path in sorted(Path(model.code_folder).glob("*.py")) if model.code_folder else []:
-        (target / path.name).write_bytes(path.read_bytes())
+        shutil.copyfile(path, target / path.name)
 
 
 def _on_main(action: Callable[[], _T]) -> _T | None:
