@@ -15,4 +15,6 @@ if [ $# -eq 0 ]; then
 fi
 # One thread a process: the tests start many processes, and results do not depend on it.
 export OMP_NUM_THREADS=1
-exec python -m pytest "$@"
+# A file's tests stay together, since they share what they set up.
+workers=$(nproc)
+exec python -m pytest --numprocesses "$((workers < 4 ? workers : 4))" --dist loadfile "$@"
