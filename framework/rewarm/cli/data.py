@@ -125,7 +125,7 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the tokenizer and domains.")] = Path(
         "data/demo"
     ),
-    vocab_size: Annotated[int, typer.Option(help="Entries of the tokenizer.")] = 4096,
+    vocab_size: Annotated[int, typer.Option(help="Entries of the tokenizer.")] = 2048,
     megabytes: Annotated[float, typer.Option(help="Most text of a domain, in 10^6 bytes.")] = 3.0,
 ) -> None:
     """Gather three small domains of real text that is installed anyway: english, python and cpp.

@@ -38,7 +38,7 @@ class Demo:
 
 
 def make_demo(
-    output: Path, vocab_size: int = 4096, megabytes: float = 3.0, on_progress: OnProgress = lambda *_: None
+    output: Path, vocab_size: int = 2048, megabytes: float = 3.0, on_progress: OnProgress = lambda *_: None
 ) -> Demo:
     """Gather the corpora, train a tokenizer on all of them, and build the domains.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rewarm.checkpoint import store
 from rewarm.config.run import RunConfig
-from rewarm.model.architecture import Architecture
+from rewarm.model.description import ModelDescription
 from rewarm.replay.lineage import Lineage
 from rewarm.train.parent import Parent, find_parent, from_checkpoint
 
@@ -18,7 +18,7 @@ class Origin:
 
     parent: Parent | None
     """None when the run has no parent, or goes on from its own checkpoints and the parent may be gone."""
-    architecture: Architecture | None
+    architecture: ModelDescription | None
     """None when the model starts from random weights of the configuration's shape."""
     lineage: Lineage
     """The ancestors, without the run itself."""
@@ -37,9 +37,9 @@ def find_origin(config: RunConfig) -> Origin:
             store.verify(checkpoint, names=())
         except store.DamagedCheckpoint:
             continue
-        own = from_checkpoint(checkpoint)
+        own = from_checkpoint(checkpoint, config.engine)
         return Origin(None, own.architecture, Lineage(own.lineage.stages[:-1]), own.tokenizer)
     if config.parent is None:
         return Origin(None, None, Lineage(), None)
-    parent = find_parent(config.parent)
+    parent = find_parent(config.parent, config.engine)
     return Origin(parent, parent.architecture, parent.lineage, parent.tokenizer)

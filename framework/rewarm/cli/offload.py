@@ -1,0 +1,252 @@
+"""``rewarm offload``."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rewarm.offload.device import Device
+    from rewarm.offload.placement import Scored
+    from rewarm.offload.profile import Profile
+    from rewarm.offload.routes import Job, Machine
+
+app = typer.Typer(
+    help="Optimizer state outside GPU memory: measure a machine, place state on it, look at a step.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+)
+
+ProfileOption = Annotated[Path | None, typer.Option("--profile", help="A profile's file; this machine's if not given.")]
+ParametersOption = Annotated[float, typer.Option("--parameters", help="Parameters of the model, such as 20e9.")]
+ForwardOption = Annotated[float, typer.Option("--forward", help="Seconds of one forward pass.")]
+BackwardOption = Annotated[float, typer.Option("--backward", help="Seconds of one backward pass.")]
+RanksOption = Annotated[int, typer.Option("--ranks", min=1, help="Ranks of this node.")]
+ShardsOption = Annotated[
+    int | None,
+    typer.Option("--shards", min=1, help="Ranks that share the optimizer state; those of the node if not given."),
+]
+MicroBatchesOption = Annotated[int, typer.Option("--micro-batches", min=1, help="Micro-batches per step.")]
+DeviceOption = Annotated[
+    float | None, typer.Option("--device-memory", help="GB of GPU memory beside model and activations.")
+]
+SettingsOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Setting of offload, key=value; repeat for more.")
+]
+ClipOption = Annotated[bool, typer.Option("--clip/--no-clip", help="Wait for the global gradient norm.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command("profile")
+def profile(
+    nvme: Annotated[list[Path] | None, typer.Option("--nvme", help="Folder on a local drive; repeat for more.")] = None,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Threads of one rank's update.")] = None,
+    seconds: Annotated[float, typer.Option("--seconds", min=0.5, help="About how long it may take.")] = 20.0,
+    stand_in: Annotated[
+        float | None, typer.Option("--stand-in", min=0.01, help="Without a GPU: a link of this many GB/s each way.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File; the cache if not given.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure the rates that placements are computed from. Run it alone on the node, with one rank's threads.
+
+    [bold]Examples[/bold]
+
+        rewarm offload profile --nvme /local/nvme0 --nvme /local/nvme1
+
+        rewarm offload profile --stand-in 2 --seconds 5
+    """
+    from rewarm.offload.profile import cache_path, measure
+
+    threads = threads or max(1, len(os.sched_getaffinity(0)) - 1)
+    device = _device(stand_in)
+    measured = measure(device, threads=threads, nvme_paths=nvme or [], seconds=seconds, device_free=4e9)
+    path = output or cache_path(measured.fingerprint)
+    measured.save(path)
+    if output is None:
+        measured.save(cache_path("latest"))
+    if as_json:
+        typer.echo(path.read_text())
+        return
+    _print_profile(measured)
+    typer.echo(f"saved to {path}")
+
+
+@app.command("place")
+def place(
+    parameters: ParametersOption,
+    forward: ForwardOption,
+    backward: BackwardOption,
+    profile: ProfileOption = None,
+    ranks: RanksOption = 1,
+    shards: ShardsOption = None,
+    micro_batches: MicroBatchesOption = 1,
+    device_memory: DeviceOption = None,
+    settings: SettingsOption = None,
+    clip: ClipOption = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Place the optimizer state and hold the prediction against known systems and the lower bound.
+
+    [bold]Example[/bold]
+
+        rewarm offload place --parameters 20e9 --ranks 4 --forward 0.21 --backward 0.97 --device-memory 8
+    """
+    from rewarm.offload.placement import corners, score, subgroup_count
+    from rewarm.offload.plan import plan
+    from rewarm.offload.relaxation import relax
+
+    config = _config(settings)
+    machine, job = _case(
+        profile, parameters, forward, backward, ranks, shards, micro_batches, device_memory, clip, config
+    )
+    chosen = plan(config, machine, job)
+    subgroups = subgroup_count(job, config.subgroup_size)
+    known = [score(machine, job, placement) for placement in corners(machine, job, subgroups, slots=config.slots)]
+    bound = relax(machine, job, subgroups, slots=chosen.placement.slots, split=config.split_master)[0].seconds
+    if as_json:
+        rows = [{"name": row.placement.name, "seconds": row.seconds} for row in known]
+        answer = {"placement": chosen.placement.as_dict(), "seconds": chosen.seconds, "bound": bound, "known": rows}
+        typer.echo(json.dumps(answer, indent=2))
+        return
+    _print_table(chosen, known, bound, machine, job)
+
+
+@app.command("trace")
+def trace(
+    parameters: ParametersOption,
+    forward: ForwardOption,
+    backward: BackwardOption,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Chrome trace to write.")] = Path("offload-trace.json"),
+    png: Annotated[Path | None, typer.Option("--png", help="Gantt chart to write.")] = None,
+    profile: ProfileOption = None,
+    ranks: RanksOption = 1,
+    shards: ShardsOption = None,
+    micro_batches: MicroBatchesOption = 1,
+    device_memory: DeviceOption = None,
+    settings: SettingsOption = None,
+    clip: ClipOption = True,
+) -> None:
+    """Write the predicted timeline of one step: open it in ui.perfetto.dev.
+
+    [bold]Example[/bold]
+
+        rewarm offload trace --parameters 7e9 --forward 0.1 --backward 0.3 --set mode=auto --png step.png
+    """
+    from rewarm.offload.pipeline import predict
+    from rewarm.offload.plan import plan
+    from rewarm.offload.simulate import chrome_trace, draw
+
+    config = _config(settings)
+    machine, job = _case(
+        profile, parameters, forward, backward, ranks, shards, micro_batches, device_memory, clip, config
+    )
+    chosen = plan(config, machine, job)
+    timeline = predict(machine, job, chosen.placement)
+    output.write_text(chrome_trace(timeline))
+    typer.echo(f"wrote {output}: {timeline.seconds:.3f} s, {chosen.placement.describe()}")
+    if png is not None:
+        draw(timeline, png, f"{chosen.placement.name}: {chosen.placement.describe()}")
+        typer.echo(f"wrote {png}")
+
+
+def _device(stand_in: float | None) -> Device:
+    from rewarm.offload.device import ThrottledDevice, open_device
+
+    if stand_in is None:
+        return open_device()
+    return ThrottledDevice(h2d=stand_in * 1e9, d2h=stand_in * 1e9, duplex=2 * stand_in * 1e9)
+
+
+def _config(settings: list[str] | None) -> Any:
+    import yaml
+    from pydantic import ValidationError
+
+    from rewarm.config.offload import OffloadConfig
+    from rewarm.errors import UserError, nearest
+
+    values: dict[str, Any] = {"mode": "auto"}
+    for setting in settings or []:
+        key, separator, text = setting.partition("=")
+        if not separator:
+            raise UserError(f"--set {setting!r} is not of the form key=value")
+        if key not in OffloadConfig.model_fields:
+            guess = nearest(key, list(OffloadConfig.model_fields))
+            hint = f"did you mean {guess}?" if guess else f"known: {', '.join(OffloadConfig.model_fields)}"
+            raise UserError(f"unknown setting offload.{key}; {hint}")
+        values[key] = yaml.safe_load(text)
+    try:
+        return OffloadConfig(**values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        raise UserError(f"offload.{where}: {message}" if where else message) from error
+
+
+def _case(
+    path: Path | None,
+    parameters: float,
+    forward: float,
+    backward: float,
+    ranks: int,
+    shards: int | None,
+    micro_batches: int,
+    device_memory: float | None,
+    clip: bool,
+    config: Any,
+) -> tuple[Machine, Job]:
+    """This rank's share of the machine and of the model."""
+    from rewarm.errors import UserError
+    from rewarm.offload.profile import cache_path, load
+    from rewarm.offload.routes import Job
+
+    for name, value in (("parameters", parameters), ("forward", forward), ("backward", backward)):
+        if not 0 < value < float("inf"):
+            raise UserError(f"--{name} {value:g} must be positive")
+    measured = load(path or cache_path("latest"))
+    machine = measured.machine(
+        ranks=ranks,
+        host_memory=None if config.host_memory is None else config.host_memory * 1e9,
+        device_free=None if device_memory is None else device_memory * 1e9,
+        size=config.subgroup_size,
+    )
+    share = max(1, round(parameters / (shards or ranks)))
+    return machine, Job(share, forward, backward, micro_batches=micro_batches, clip=clip)
+
+
+def _print_profile(measured: Profile) -> None:
+    typer.echo(measured.description)
+    for name, value in (
+        ("host to device", measured.h2d),
+        ("device to host", measured.d2h),
+        ("both together", measured.duplex),
+        ("host memory", measured.dram),
+    ):
+        typer.echo(f"  {name:28}{value / 1e9:10.2f} GB/s")
+    for where, rates in (("CPU update", measured.cpu_rates), ("device update", measured.device_rates)):
+        for size, rate in rates.items():
+            typer.echo(f"  {where + f' of {int(size) / 1e6:.0f}M':28}{rate / 1e9:10.2f} Gparam/s")
+    typer.echo(f"  {'CPU update under copies':28}{measured.cpu_rate_under_copies / 1e9:10.2f} Gparam/s")
+    for path, drive in measured.nvme.items():
+        typer.echo(f"  {path}: read {drive['read'] / 1e9:.2f}, write {drive['write'] / 1e9:.2f} GB/s")
+    typer.echo(f"  measured in {measured.seconds:.0f} s")
+
+
+def _print_table(chosen: Scored, known: list[Scored], bound: float, machine: Machine, job: Job) -> None:
+    from rewarm.offload.placement import update_seconds
+    from rewarm.offload.routes import memory
+
+    typer.echo(f"{'':34}{'step s':>9}{'update s':>10}{'GPU GB':>8}{'host GB':>9}{'NVMe GB':>9}")
+    for row in [*sorted(known, key=lambda scored: -scored.seconds), chosen]:
+        sizes = [size / 1e9 for size in memory(row.placement, job)]
+        name = f"chosen: {row.placement.name}" if row is chosen else row.placement.name
+        update = update_seconds(machine, job, row.placement)
+        typer.echo(f"{name:34}{row.seconds:9.3f}{update:10.3f}{sizes[0]:8.1f}{sizes[1]:9.1f}{sizes[2]:9.1f}")
+    typer.echo(f"{'lower bound':34}{bound:9.3f}")
+    typer.echo(f"without any update{'':16}{job.hidden:9.3f}")
+    typer.echo(chosen.placement.describe())

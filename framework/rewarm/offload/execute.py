@@ -1,0 +1,312 @@
+"""Runs a placement: the tasks of :mod:`rewarm.offload.pipeline` on one thread per lane.
+
+Each lane takes its tasks in order, waits for what each depends on, does it, and says so. On CUDA a lane's thread
+issues on a stream of its own. The engine signals gradients as they become ready, releases the update once the global
+norm is known, and waits for each subgroup's parameters before the layers that use them.
+
+Strict by construction: every route runs the same correctly rounded update on the same numbers, and what moves is
+moved as it is, so parameters and moments have the bits of the update without offload.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from rewarm.offload import adamw
+from rewarm.offload.device import Device
+from rewarm.offload.pipeline import step_tasks
+from rewarm.offload.routes import Job, Machine, Placement
+from rewarm.offload.simulate import Task, Timeline
+from rewarm.offload.slabs import Layout
+from rewarm.offload.states import States
+
+_EXTERNAL = ("backward", "barrier", "forward")
+
+
+@dataclass(frozen=True, slots=True)
+class GroupStep:
+    """Settings of one parameter group in one step."""
+
+    learning_rate: float
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+
+
+@dataclass
+class _Step:
+    """What the lanes of one step share."""
+
+    number: int
+    groups: Sequence[GroupStep]
+    done: list[threading.Event]
+    start: list[float]
+    end: list[float]
+    marks: dict[int, Any] = field(default_factory=dict)
+    constants: list[adamw.AdamWStep] = field(default_factory=list)
+    error: BaseException | None = None
+
+
+class Executor:
+    """AdamW over the flat state of one rank under a placement."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        placement: Placement,
+        job: Job,
+        device: Device,
+        states: States,
+        *,
+        parameters: torch.Tensor,
+        gradients: torch.Tensor,
+        cpu_threads: int = 1,
+        cores: Sequence[int] | None = None,
+    ) -> None:
+        """Bind the executor to an engine's buffers.
+
+        Args:
+            layout: the flat state and its cut.
+            placement: a route for each of its subgroups.
+            job: widths of gradients and parameters, and whether the update waits for :meth:`release`.
+            device: where parameters and gradients are.
+            states: the optimizer state, allocated for the same placement.
+            parameters: bf16, fp16 or fp32 [layout.numel] on the device; rewritten by each step.
+            gradients: [layout.numel] on the device, read by each step.
+            cpu_threads: threads of the CPU's update.
+            cores: cores that these threads are pinned to; None leaves them alone.
+        """
+        assert len(placement.routes) == layout.subgroups
+        assert parameters.numel() == gradients.numel() == layout.numel
+        self.layout, self.placement, self.job, self.device, self.states = layout, placement, job, device, states
+        self.parameters, self.gradients = parameters, gradients
+        self.cpu_threads = max(1, round(cpu_threads * placement.cpu_share))
+        self.cores = cores
+        self.tasks = step_tasks(_UNIT_MACHINE, job, placement)
+        self.index = {(task.kind, task.subgroup): i for i, task in enumerate(self.tasks)}
+        self.step: _Step | None = None
+        self.failed = False
+        self._actions = self._table()
+        self._lanes = self._start_lanes()
+
+    def begin(self, number: int, groups: Sequence[GroupStep]) -> None:
+        """Start a step; its fetches begin at once.
+
+        Args:
+            number: the step, from 1.
+            groups: settings of each parameter group of the layout.
+        """
+        assert self.step is None, "the step before has not been finished"
+        assert not self.failed, "a lane failed in an earlier step: the state is not whole any more"
+        count = len(self.tasks)
+        step = _Step(number, groups, [threading.Event() for _ in range(count)], [0.0] * count, [0.0] * count)
+        self.step, self._began = step, time.perf_counter()
+        if not self.job.clip:
+            self._prepare(step, 1.0)
+        for tasks in self._lanes.values():
+            tasks.put(step)
+
+    def gradient_ready(self, subgroup: int) -> None:
+        """All work that writes this subgroup's gradient has been queued by the calling thread."""
+        self._signal("backward", subgroup)
+
+    def release(self, grad_scale: float = 1.0) -> None:
+        """Begin the updates.
+
+        Args:
+            grad_scale: unscale factor times clip factor. Without clipping the updates have begun as gradients became
+                ready, and the factor must be 1.
+        """
+        step = self._running()
+        assert self.job.clip or grad_scale == 1.0, "without clipping the update does not wait for a factor"
+        if self.job.clip:
+            self._prepare(step, grad_scale)
+        self._signal("barrier", None)
+
+    def wait_parameters(self, subgroup: int) -> None:
+        """Block until a subgroup's new parameters are on the device."""
+        step = self._running()
+        key = ("upload", subgroup) if ("upload", subgroup) in self.index else ("update", subgroup)
+        step.done[self.index[key]].wait()
+        self._raise(step)
+
+    def finish(self) -> Timeline:
+        """Block until the step's last copy is done.
+
+        Returns:
+            When each task ran, seconds from :meth:`begin`; a compute task has the moment at which it was signalled.
+        """
+        step = self._running()
+        for i, task in enumerate(self.tasks):
+            if task.kind not in _EXTERNAL:
+                step.done[i].wait()
+        self.step = None
+        self._raise(step)
+        shift = self._began
+        start = tuple(max(0.0, moment - shift) for moment in step.start)
+        end = tuple(max(0.0, moment - shift) for moment in step.end)
+        rows = [i for i, task in enumerate(self.tasks) if task.kind != "forward"]
+        renumbered = tuple(self.tasks[i] for i in rows)
+        return Timeline(renumbered, tuple(start[i] for i in rows), tuple(end[i] for i in rows))
+
+    def run_step(self, number: int, groups: Sequence[GroupStep], grad_scale: float = 1.0) -> Timeline:
+        """A whole step with gradients that are all there."""
+        self.begin(number, groups)
+        for subgroup in reversed(range(self.layout.subgroups)):
+            self.gradient_ready(subgroup)
+        self.release(grad_scale)
+        return self.finish()
+
+    def close(self) -> None:
+        """End the lanes. The state stays where it is."""
+        for tasks in self._lanes.values():
+            tasks.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _running(self) -> _Step:
+        assert self.step is not None, "no step has begun"
+        return self.step
+
+    def _prepare(self, step: _Step, grad_scale: float) -> None:
+        for group in step.groups:
+            step.constants.append(
+                adamw.AdamWStep.prepare(
+                    step=step.number,
+                    learning_rate=group.learning_rate,
+                    beta1=group.beta1,
+                    beta2=group.beta2,
+                    epsilon=group.epsilon,
+                    weight_decay=group.weight_decay,
+                    grad_scale=grad_scale,
+                )
+            )
+
+    def _signal(self, kind: str, subgroup: int | None) -> None:
+        step = self._running()
+        i = self.index[(kind, subgroup)]
+        step.marks[i] = self.device.mark()
+        step.start[i] = step.end[i] = time.perf_counter()
+        step.done[i].set()
+
+    def _raise(self, step: _Step) -> None:
+        if step.error is not None:
+            self.failed = True
+            raise step.error
+
+    def _start_lanes(self) -> dict[str, queue.SimpleQueue[_Step | None]]:
+        work: dict[str, list[int]] = {}
+        for i, task in enumerate(self.tasks):
+            if task.kind not in _EXTERNAL:
+                work.setdefault(task.lane, []).append(i)
+        queues: dict[str, queue.SimpleQueue[_Step | None]] = {lane: queue.SimpleQueue() for lane in work}
+        self._threads = [
+            threading.Thread(
+                target=self._lane, args=(lane, work[lane], queues[lane]), name=f"offload-{lane}", daemon=True
+            )
+            for lane in work
+        ]
+        for thread in self._threads:
+            thread.start()
+        return queues
+
+    def _lane(self, name: str, work: list[int], steps: queue.SimpleQueue[_Step | None]) -> None:
+        if name == "cpu" and self.cores:
+            os.sched_setaffinity(0, self.cores)  # of this thread; the threads of its OpenMP team inherit it
+        with self.device.lane(name):
+            while (step := steps.get()) is not None:
+                for i in work:
+                    self._run(step, i, self.tasks[i])
+
+    def _run(self, step: _Step, i: int, task: Task) -> None:
+        try:
+            for earlier in task.after:
+                step.done[earlier].wait()
+                if step.error is None and earlier in step.marks:
+                    self.device.wait(step.marks[earlier])
+            step.start[i] = time.perf_counter()
+            if step.error is None:
+                self._actions[task.kind](step, task)
+        except BaseException as error:
+            step.error = step.error or error
+        finally:
+            # Even after an error everyone is woken, so that finish() can raise it.
+            step.end[i] = time.perf_counter()
+            step.done[i].set()
+
+    def _table(self) -> Mapping[str, Callable[[_Step, Task], None]]:
+        return {
+            "gradient": self._copy_gradient,
+            "read": lambda step, task: self.states.read(_subgroup(task), task.host_slot),
+            "fetch": lambda step, task: self.states.fetch(_subgroup(task), task.slot, task.host_slot),
+            "update": self._update,
+            "upload": self._upload,
+            "flush": lambda step, task: self.states.flush(_subgroup(task), task.slot, task.host_slot),
+            "write": lambda step, task: self.states.write(_subgroup(task), task.host_slot),
+        }
+
+    def _part(self, flat: torch.Tensor, subgroup: int) -> torch.Tensor:
+        start, stop = self.layout.bounds(subgroup)
+        return flat[start:stop]
+
+    def _copy_gradient(self, step: _Step, task: Task) -> None:
+        subgroup = _subgroup(task)
+        self.device.copy(self.states.host_gradient(subgroup), self._part(self.gradients, subgroup), "d2h")
+
+    def _upload(self, step: _Step, task: Task) -> None:
+        subgroup = _subgroup(task)
+        source = self.states.host_parameters(subgroup, task.host_slot)
+        self.device.copy(self._part(self.parameters, subgroup), source, "h2d")
+
+    def _update(self, step: _Step, task: Task) -> None:
+        subgroup = _subgroup(task)
+        on_device = self.placement.routes[subgroup].on_device
+        state = self.states.working(subgroup, task.slot, task.host_slot)
+        parameters = self._part(self.parameters, subgroup)
+        gradient = self._part(self.gradients, subgroup) if on_device else self.states.host_gradient(subgroup)
+        half = parameters.dtype != torch.float32
+        out = (parameters if on_device else self.states.host_parameters(subgroup, task.host_slot)) if half else None
+        for segment in self.layout.segments(subgroup):
+            piece = slice(segment.start, segment.stop)
+            constants = step.constants[segment.group]
+            moment1, moment2, grad = state.moment1[piece], state.moment2[piece], gradient[piece]
+            threads = self.cpu_threads
+            if state.low is not None:
+                low = state.low[piece]
+                adamw.update_split(constants, parameters[piece], low, moment1, moment2, grad, threads=threads)
+            else:
+                target = None if out is None else out[piece]
+                adamw.update(constants, state.first[piece], moment1, moment2, grad, target, threads=threads)
+        if on_device and not half:
+            parameters.copy_(state.first)
+        self.device.settle()
+
+
+def _subgroup(task: Task) -> int:
+    assert task.subgroup is not None
+    return task.subgroup
+
+
+_UNIT_MACHINE = Machine(
+    h2d=1.0,
+    d2h=1.0,
+    duplex=2.0,
+    dram=1.0,
+    cpu_rate=1.0,
+    device_rate=1.0,
+    device_free=0.0,
+    host_free=0.0,
+    device_free_backward=1e30,
+    nvme_read=1.0,
+    nvme_write=1.0,
+)
+"""Rates play no part in the order of the tasks. Slots are taken from the start: the executor owns their memory."""

@@ -1,0 +1,232 @@
+"""Optimizer state on local drives: direct I/O over several paths, many requests in flight.
+
+The files are scratch: they have no name (``O_TMPFILE``), so a run that is killed at any moment leaves nothing behind
+and nothing stale to trust; what a run resumes from is its checkpoint. A blob is split over the paths in proportion to
+their measured bandwidth. Blocks go through Linux's asynchronous I/O in the compiled library, or through a pool of
+threads without it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rewarm import native
+from rewarm.errors import UserError
+
+BLOCK = 1 << 20
+"""Bytes per request."""
+DEPTH = 64
+"""Requests in flight."""
+_FALLBACK_THREADS = 16
+
+
+class Store:
+    """Fixed-size blobs, one per subgroup, spread over one or more paths.
+
+    Not safe for use by two threads at once, except that reads and writes have a queue each.
+    """
+
+    def __init__(
+        self, paths: Sequence[str | Path], sizes: Sequence[int], shares: Sequence[float] | None = None
+    ) -> None:
+        """Reserve the space.
+
+        Args:
+            paths: folders, best on different drives.
+            sizes: bytes of each blob, multiples of the page size.
+            shares: part of each blob that each path takes, in any positive scale; None for equal parts.
+
+        Raises:
+            UserError: if a path is no folder, cannot do direct I/O or has no room.
+        """
+        assert paths and all(size % mmap.PAGESIZE == 0 for size in sizes)
+        self._pieces = [_cut(size, list(shares or [1.0] * len(paths))) for size in sizes]
+        self._offsets: list[list[int]] = []
+        ends = [0] * len(paths)
+        for pieces in self._pieces:
+            self._offsets.append(list(ends))
+            ends = [end + piece for end, piece in zip(ends, pieces, strict=True)]
+        self._files: list[int] = []
+        try:
+            for path, size in zip(paths, ends, strict=True):
+                self._files.append(open_scratch(Path(path), size))
+        except BaseException:
+            self.close()
+            raise
+        self._queues = (open_queue(), open_queue())
+
+    def read(self, blob: int, buffer: torch.Tensor) -> None:
+        """Fill a page-aligned uint8 host tensor of the blob's size."""
+        self._transfer(blob, buffer, write=False)
+
+    def write(self, blob: int, buffer: torch.Tensor) -> None:
+        """Store a page-aligned uint8 host tensor of the blob's size."""
+        self._transfer(blob, buffer, write=True)
+
+    def close(self) -> None:
+        """Give the space back."""
+        for file in self._files:
+            os.close(file)
+        self._files = []
+        for queue in getattr(self, "_queues", ()):
+            queue.close()
+
+    def _transfer(self, blob: int, buffer: torch.Tensor, write: bool) -> None:
+        pieces = self._pieces[blob]
+        assert buffer.dtype == torch.uint8 and buffer.numel() == sum(pieces)
+        assert buffer.data_ptr() % mmap.PAGESIZE == 0, "direct I/O needs a page-aligned buffer"
+        self._queues[write].transfer(write, self._files, buffer, pieces, self._offsets[blob])
+
+
+def open_queue(depth: int = DEPTH) -> NativeQueue | ThreadQueue:
+    """The compiled queue, or threads where the library or the kernel has none."""
+    library = native.load()
+    if library is not None:
+        try:
+            return NativeQueue(library, depth)
+        except OSError:
+            pass  # the kernel refuses (a container's filter, or aio-max-nr is used up)
+    return ThreadQueue()
+
+
+class NativeQueue:
+    """Linux asynchronous I/O of the compiled library."""
+
+    def __init__(self, library: Any, depth: int = DEPTH) -> None:
+        library.rewarm_aio_open.restype = ctypes.c_void_p
+        library.rewarm_aio_transfer.restype = ctypes.c_int64
+        self._library, error = library, ctypes.c_int(0)
+        self._queue = library.rewarm_aio_open(depth, ctypes.byref(error))
+        if not self._queue:
+            raise OSError(-error.value, os.strerror(-error.value))
+
+    def transfer(
+        self, write: bool, files: Sequence[int], buffer: torch.Tensor, sizes: Sequence[int], offsets: Sequence[int]
+    ) -> None:
+        """Move each piece between its place in the buffer (end to end) and its offset in its file."""
+        count = len(files)
+        starts = [buffer.data_ptr() + sum(sizes[:i]) for i in range(count)]
+        code = self._library.rewarm_aio_transfer(
+            ctypes.c_void_p(self._queue),
+            int(write),
+            count,
+            (ctypes.c_int * count)(*files),
+            (ctypes.c_void_p * count)(*starts),
+            (ctypes.c_int64 * count)(*sizes),
+            (ctypes.c_int64 * count)(*offsets),
+            ctypes.c_int64(BLOCK),
+        )
+        if code != 0:
+            raise OSError(-code, f"{'write' if write else 'read'} of offloaded state: {os.strerror(-code)}")
+
+    def close(self) -> None:
+        """Free the queue."""
+        self._library.rewarm_aio_close(ctypes.c_void_p(self._queue))
+
+
+class ThreadQueue:
+    """The same with positioned reads and writes on a pool of threads."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(_FALLBACK_THREADS, thread_name_prefix="rewarm-nvme")
+
+    def transfer(
+        self, write: bool, files: Sequence[int], buffer: torch.Tensor, sizes: Sequence[int], offsets: Sequence[int]
+    ) -> None:
+        """Move each piece between its place in the buffer (end to end) and its offset in its file."""
+        view = memoryview((ctypes.c_char * buffer.numel()).from_address(buffer.data_ptr())).cast("B")
+        work = []
+        for i, (file, size, offset) in enumerate(zip(files, sizes, offsets, strict=True)):
+            start = sum(sizes[:i])
+            for first in range(0, size, BLOCK):
+                last = min(first + BLOCK, size)
+                work.append((write, file, view[start + first : start + last], offset + first))
+        for done in [self._pool.submit(_block, *arguments) for arguments in work]:
+            done.result()
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown()
+
+
+def _block(write: bool, file: int, view: memoryview, offset: int) -> None:
+    moved = os.pwritev(file, [view], offset) if write else os.preadv(file, [view], offset)
+    if moved != len(view):
+        raise OSError(errno.EIO, f"{'write' if write else 'read'} of offloaded state was cut short")
+
+
+def open_scratch(folder: Path, size: int) -> int:
+    """A nameless file for direct I/O with its space reserved.
+
+    Raises:
+        UserError: if the folder cannot hold it.
+    """
+    if not folder.is_dir():
+        raise UserError(f"the NVMe path {folder} is not a folder", fix="create it, or correct offload.nvme_paths")
+    file = None
+    try:
+        file = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_DIRECT, 0o600)
+        os.posix_fallocate(file, 0, max(size, mmap.PAGESIZE))
+    except OSError as error:
+        if file is not None:
+            os.close(file)
+        if error.errno == errno.ENOSPC:
+            free = os.statvfs(folder)
+            raise UserError(
+                f"the NVMe path {folder} has {free.f_bavail * free.f_frsize / 1e9:.2f} GB free, {size / 1e9:.2f} GB "
+                "are needed",
+                fix="free space, or name more paths in offload.nvme_paths",
+            ) from error
+        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise UserError(
+                f"the NVMe path {folder} lies on a file system without direct I/O or nameless files",
+                fix="use a local ext4 or xfs file system; tmpfs, overlay and network file systems will not do",
+            ) from error
+        raise UserError(f"the NVMe path {folder} cannot be used: {error.strerror}", fix="check it") from error
+    return file
+
+
+def measure(folder: Path, *, size: int = 256 << 20, seconds: float = 1.0) -> tuple[float, float]:
+    """Read and write bandwidth of a path with direct I/O, bytes/s.
+
+    Args:
+        folder: the path.
+        size: bytes of the file that is written and read.
+        seconds: least time spent on each direction.
+
+    Raises:
+        UserError: if the path cannot be used.
+    """
+    from rewarm.offload.slabs import HostPool
+
+    store = Store([folder], [size])
+    buffer = HostPool(pin=False).take(size, torch.uint8)
+    buffer.fill_(1)
+    rates = []
+    try:
+        for transfer in (store.write, store.read):
+            start, moved = time.perf_counter(), 0
+            while moved == 0 or time.perf_counter() - start < seconds:
+                transfer(0, buffer)
+                moved += size
+            rates.append(moved / (time.perf_counter() - start))
+    finally:
+        store.close()
+    return rates[1], rates[0]
+
+
+def _cut(size: int, shares: list[float]) -> list[int]:
+    """Pages of a blob per path, in proportion to the shares; the last path takes the rest."""
+    pages, total = size // mmap.PAGESIZE, sum(shares)
+    pieces = [int(pages * share / total) * mmap.PAGESIZE for share in shares[:-1]]
+    return [*pieces, size - sum(pieces)]

@@ -1,0 +1,250 @@
+"""The optimizer state of one rank under a placement: where each subgroup's arrays are, and how they move."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rewarm.offload import adamw
+from rewarm.offload.device import Device
+from rewarm.offload.nvme import Store
+from rewarm.offload.routes import Placement, Route
+from rewarm.offload.slabs import HostPool, Layout, aligned
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Arrays of one subgroup, all of its length. Either ``master`` or ``low`` is set."""
+
+    moment1: torch.Tensor
+    """fp32."""
+    moment2: torch.Tensor
+    """fp32; with ``low``, its sign belongs to the split."""
+    master: torch.Tensor | None = None
+    """fp32 parameters."""
+    low: torch.Tensor | None = None
+    """int16, the low halves of the master, whose high halves are the model's bf16 parameters."""
+
+    @property
+    def first(self) -> torch.Tensor:
+        """Master or low halves."""
+        found = self.master if self.master is not None else self.low
+        assert found is not None
+        return found
+
+    def arrays(self) -> tuple[torch.Tensor, ...]:
+        """In the order in which they move."""
+        return self.moment1, self.moment2, self.first
+
+
+class States:
+    """State of every subgroup, with the buffers it passes through."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        placement: Placement,
+        device: Device,
+        *,
+        parameter_type: torch.dtype,
+        gradient_type: torch.dtype,
+        pool: HostPool,
+        nvme_paths: Sequence[Path] = (),
+        nvme_shares: Sequence[float] | None = None,
+    ) -> None:
+        """Allocate; the state is undefined until :meth:`load`.
+
+        Args:
+            layout: the flat state and its cut.
+            placement: a route for each of its subgroups.
+            device: what the state moves to and from.
+            parameter_type: bf16, fp16 or fp32.
+            gradient_type: what the engine's gradients are.
+            pool: host memory, locked if the device needs that; :meth:`close` gives back what is taken from it.
+            nvme_paths: folders for subgroups that rest on NVMe.
+            nvme_shares: part of them that each path takes; None for equal parts.
+
+        Raises:
+            UserError: if host memory or an NVMe path does not suffice.
+        """
+        assert not placement.split or parameter_type == torch.bfloat16, "only bf16 parameters are half of a master"
+        self.layout, self.placement, self.device = layout, placement, device
+        self.parameter_type, self.gradient_type = parameter_type, gradient_type
+        self.pool = pool
+        self._taken: list[torch.Tensor] = []
+        self.store: Store | None = None
+        self._host: dict[int, State] = {}
+        self._resident: dict[int, State] = {}
+        self._gradients: dict[int, torch.Tensor] = {}
+        self._parameters: dict[int, torch.Tensor] = {}
+        self._device_slots: dict[int, torch.Tensor] = {}
+        self._host_slots: dict[int, torch.Tensor] = {}
+        for subgroup in range(layout.subgroups):
+            self._allocate(subgroup, placement.routes[subgroup])
+        self._allocate_slots()
+        sizes = [self._bytes(i) if placement.routes[i].on_nvme else 0 for i in range(layout.subgroups)]
+        if any(sizes):
+            self._blob = {i: number for number, i in enumerate(i for i, size in enumerate(sizes) if size)}
+            blobs = [aligned(size, mmap.PAGESIZE) for size in sizes if size]
+            self.store = Store(list(nvme_paths), blobs, nvme_shares)
+
+    def close(self) -> None:
+        """Give back files and host memory; the state is lost."""
+        if self.store is not None:
+            self.store.close()
+        for tensor in self._taken:
+            self.pool.give(tensor)
+        self._taken = []
+
+    def load(
+        self, master: torch.Tensor, moment1: torch.Tensor, moment2: torch.Tensor, parameters: torch.Tensor
+    ) -> None:
+        """Fill the state from flat host arrays, and the model's parameters with the rounded master.
+
+        Args:
+            master, moment1, moment2: fp32 [layout.numel] on the host, as a plain optimizer keeps them.
+            parameters: [layout.numel] on the device, filled.
+        """
+        for subgroup in range(self.layout.subgroups):
+            start, stop = self.layout.bounds(subgroup)
+            rounded = master[start:stop].to(self.parameter_type)
+            parameters[start:stop] = rounded.to(parameters.device)
+            state = self._stage(subgroup)
+            state.moment1.copy_(moment1[start:stop])
+            state.moment2.copy_(moment2[start:stop])
+            if state.low is not None:
+                second = moment2[start:stop].clone()
+                low = torch.empty(stop - start, dtype=torch.int16)
+                adamw.split(master[start:stop].contiguous(), rounded, low, second)
+                state.low.copy_(low)
+                state.moment2.copy_(second)
+            else:
+                state.first.copy_(master[start:stop])
+            if self.placement.routes[subgroup].on_nvme:
+                self.write(subgroup, 0)
+
+    def export(self, parameters: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Master and moments as flat fp32 host arrays, whatever the placement: what a checkpoint holds."""
+        flat = tuple(torch.zeros(self.layout.numel) for _ in range(3))
+        for subgroup in range(self.layout.subgroups):
+            start, stop = self.layout.bounds(subgroup)
+            if self.placement.routes[subgroup].on_nvme:
+                self.read(subgroup, 0)
+            state = self._stage(subgroup)
+            flat[1][start:stop] = state.moment1.cpu()
+            flat[2][start:stop] = state.moment2.cpu()
+            if state.low is not None:
+                high = parameters[start:stop].cpu()
+                adamw.join(high, state.low.cpu(), flat[2][start:stop], flat[0][start:stop])
+            else:
+                flat[0][start:stop] = state.first.cpu()
+        return flat[0], flat[1], flat[2]
+
+    def host_gradient(self, subgroup: int) -> torch.Tensor:
+        """Host buffer that a CPU-updated subgroup's gradient is copied to."""
+        return self._gradients[subgroup]
+
+    def host_parameters(self, subgroup: int, host_slot: int | None) -> torch.Tensor:
+        """Host array that is copied to the device after a CPU update: the 16-bit copy, or the fp32 master itself."""
+        if self.parameter_type != torch.float32:
+            return self._parameters[subgroup]
+        return self.working(subgroup, None, host_slot).first
+
+    def working(self, subgroup: int, slot: int | None, host_slot: int | None) -> State:
+        """The arrays that the update works on."""
+        route = self.placement.routes[subgroup]
+        if route is Route.RESIDENT:
+            return self._resident[subgroup]
+        if route.moves_state:
+            assert slot is not None
+            return self._view(self._device_slots[slot], subgroup)
+        return self._resting(subgroup, host_slot)
+
+    def fetch(self, subgroup: int, slot: int | None, host_slot: int | None) -> None:
+        """Host to device slot."""
+        for target, source in zip(
+            self.working(subgroup, slot, None).arrays(), self._resting(subgroup, host_slot).arrays(), strict=True
+        ):
+            self.device.copy(target, source, "h2d")
+
+    def flush(self, subgroup: int, slot: int | None, host_slot: int | None) -> None:
+        """Device slot to host."""
+        for target, source in zip(
+            self._resting(subgroup, host_slot).arrays(), self.working(subgroup, slot, None).arrays(), strict=True
+        ):
+            self.device.copy(target, source, "d2h")
+
+    def read(self, subgroup: int, host_slot: int | None) -> None:
+        """NVMe to host slot."""
+        assert self.store is not None
+        self.store.read(self._blob[subgroup], self._blob_buffer(subgroup, host_slot))
+
+    def write(self, subgroup: int, host_slot: int | None) -> None:
+        """Host slot to NVMe."""
+        assert self.store is not None
+        self.store.write(self._blob[subgroup], self._blob_buffer(subgroup, host_slot))
+
+    def _take(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        tensor = self.pool.take(numel, dtype)
+        self._taken.append(tensor)
+        return tensor
+
+    def _length(self, subgroup: int) -> int:
+        start, stop = self.layout.bounds(subgroup)
+        return stop - start
+
+    def _splits(self, subgroup: int) -> bool:
+        return self.placement.split and self.placement.routes[subgroup].moves_state
+
+    def _bytes(self, subgroup: int) -> int:
+        return self._length(subgroup) * (10 if self._splits(subgroup) else 12)
+
+    def _allocate(self, subgroup: int, route: Route) -> None:
+        size = self._bytes(subgroup)
+        if route is Route.RESIDENT:
+            memory = torch.empty(size, dtype=torch.uint8, device=self.device.torch_device)
+            self._resident[subgroup] = self._view(memory, subgroup)
+        elif not route.on_nvme:
+            self._host[subgroup] = self._view(self._take(size, torch.uint8), subgroup)
+        if not route.on_device:
+            self._gradients[subgroup] = self._take(self._length(subgroup), self.gradient_type)
+            if self.parameter_type != torch.float32:
+                self._parameters[subgroup] = self._take(self._length(subgroup), self.parameter_type)
+
+    def _allocate_slots(self) -> None:
+        routes = self.placement.routes
+        moving = [self._bytes(i) for i, route in enumerate(routes) if route.moves_state]
+        for slot in range(min(self.placement.slots, len(moving))):
+            memory = torch.empty(max(moving), dtype=torch.uint8, device=self.device.torch_device)
+            self._device_slots[slot] = memory
+        stored = [self._bytes(i) for i, route in enumerate(routes) if route.on_nvme]
+        for slot in range(min(self.placement.host_slots, len(stored))):
+            self._host_slots[slot] = self._take(aligned(max(stored), mmap.PAGESIZE), torch.uint8)
+
+    def _view(self, memory: torch.Tensor, subgroup: int) -> State:
+        """Three arrays end to end in a buffer; lengths are multiples of 64 elements, so each begins aligned."""
+        length = self._length(subgroup)
+        moment1, moment2 = (memory[4 * length * i : 4 * length * (i + 1)].view(torch.float32) for i in range(2))
+        rest = memory[8 * length : self._bytes(subgroup)]
+        if self._splits(subgroup):
+            return State(moment1, moment2, low=rest.view(torch.int16))
+        return State(moment1, moment2, master=rest.view(torch.float32))
+
+    def _resting(self, subgroup: int, host_slot: int | None) -> State:
+        """The host arrays of a subgroup: its own, or those of the slot it was read into."""
+        if not self.placement.routes[subgroup].on_nvme:
+            return self._host[subgroup]
+        assert host_slot is not None
+        return self._view(self._host_slots[host_slot], subgroup)
+
+    def _stage(self, subgroup: int) -> State:
+        route = self.placement.routes[subgroup]
+        return self._resident[subgroup] if route is Route.RESIDENT else self._resting(subgroup, 0)
+
+    def _blob_buffer(self, subgroup: int, host_slot: int | None) -> torch.Tensor:
+        assert host_slot is not None
+        return self._host_slots[host_slot][: aligned(self._bytes(subgroup), mmap.PAGESIZE)]

@@ -1,0 +1,27 @@
+"""A folder on a file system with direct I/O."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+
+from rewarm.errors import UserError
+from rewarm.offload.nvme import open_scratch
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A scratch folder for direct I/O: the usual temporary folder, or one beside the tests where that is in memory."""
+    for parent in (tmp_path, Path(__file__).parent):
+        with TemporaryDirectory(dir=parent) as folder:
+            try:
+                os.close(open_scratch(Path(folder), 4096))
+            except UserError:
+                continue
+            yield Path(folder)
+            return
+    pytest.skip("no file system with direct I/O")

@@ -1,0 +1,75 @@
+"""Layouts hold every element once; the pool wastes less than a page and never more than its limit."""
+
+from __future__ import annotations
+
+import mmap
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rewarm.errors import UserError
+from rewarm.offload.slabs import ALIGNMENT, HostPool, Layout, Shard, bind_to_node
+
+SHARDS = st.lists(st.tuples(st.integers(1, 5000), st.integers(0, 2)), min_size=1, max_size=12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(SHARDS, st.integers(1, 4000))
+def test_every_element_belongs_to_one_segment_of_its_group(sizes: list[tuple[int, int]], size: int) -> None:
+    layout = Layout.of([Shard(str(i), numel, group) for i, (numel, group) in enumerate(sizes)], size)
+    assert layout.subgroup_size % ALIGNMENT == 0 and layout.numel % ALIGNMENT == 0
+    group = torch.full((layout.numel,), -1)
+    for subgroup in range(layout.subgroups):
+        start, stop = layout.bounds(subgroup)
+        end = 0
+        for segment in layout.segments(subgroup):
+            assert segment.start == end
+            group[start + segment.start : start + segment.stop] = segment.group
+            end = segment.stop
+        assert end == stop - start
+    flat = torch.arange(layout.numel)
+    seen: set[int] = set()
+    for i, shard in enumerate(layout.shards):
+        view = layout.view(flat, i)
+        assert bool((layout.view(group, i) == shard.group).all())
+        assert seen.isdisjoint(view.tolist())
+        seen.update(view.tolist())
+        touched = {position // layout.subgroup_size for position in view.tolist()}
+        assert touched == set(layout.subgroups_of(i))
+
+
+def test_buffers_begin_on_a_page_and_take_their_size() -> None:
+    pool = HostPool(pin=False)
+    size = 3 * (1 << 20) + 5
+    buffer = pool.take(size, torch.uint8)
+    assert buffer.data_ptr() % mmap.PAGESIZE == 0 and buffer.numel() == size
+    assert pool.taken - size < mmap.PAGESIZE
+    assert pool.take(1000, torch.float32).dtype == torch.float32
+
+
+def test_a_returned_buffer_is_used_again_and_neighbours_are_left_alone() -> None:
+    pool = HostPool(pin=False)
+    first, second = pool.take(10_000, torch.float32), pool.take(10_000, torch.float32)
+    first.fill_(1.0)
+    second.fill_(2.0)
+    pointer, taken = first.data_ptr(), pool.taken
+    pool.give(first)
+    again = pool.take(10_000, torch.float32)
+    assert again.data_ptr() == pointer and pool.taken == taken
+    again.fill_(3.0)
+    assert bool((second == 2.0).all())
+
+
+def test_the_limit_is_told_in_figures() -> None:
+    pool = HostPool(pin=False, limit=1e6)
+    with pytest.raises(UserError, match="limited to 0.00 GB, 0.01 GB are needed"):
+        pool.take(2_000_000, torch.float32)
+
+
+def test_memory_can_be_asked_to_stay_on_a_node() -> None:
+    pool = HostPool(pin=False, node=0)
+    pool.take(1 << 20, torch.uint8).fill_(7)
+    buffer = pool.take(1 << 20, torch.uint8)
+    assert bind_to_node(buffer.data_ptr(), 1 << 20, 0) in (True, False)  # a container may forbid it
