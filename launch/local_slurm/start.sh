@@ -95,9 +95,8 @@ CONF
 mkdir "$folder/nodes"
 cat > "$folder/task_prolog" <<PROLOG
 #!/bin/bash
-# SLURMD_NODENAME is still that of the batch script here; the daemon above knows its own node.
-node=\$(tr '\0' '\n' < /proc/\$PPID/environ | sed -n 's/^REWARM_NODE=//p')
-cat "$folder/nodes/\$node" 2>/dev/null || true
+# Not for the batch script, from which the tasks of all nodes would inherit it.
+[ -z "\$SLURM_STEP_NODELIST" ] || cat "$folder/nodes/\$SLURMD_NODENAME" 2>/dev/null || true
 PROLOG
 chmod 755 "$folder/task_prolog"
 cat > "$folder/environment.sh" <<CONF
@@ -112,7 +111,7 @@ munged --force --key-file="$folder/munge/key" --socket="$folder/munge/socket" --
 # The daemons outlive this shell and must not hold its terminal or the pipe that a caller reads.
 slurmctld -c </dev/null >>"$folder/log/start" 2>&1
 for ((node = 1; node <= num_nodes; node++)); do
-    REWARM_NODE=node$node slurmd -N "node$node" </dev/null >>"$folder/log/start" 2>&1
+    slurmd -N "node$node" </dev/null >>"$folder/log/start" 2>&1
 done
 
 for ((tries = 0; tries < 100; tries++)); do
