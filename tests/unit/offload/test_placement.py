@@ -25,7 +25,7 @@ from rewarm.offload.routes import Job, Machine, Placement, Route, memory
 from rewarm.offload.simulate import check
 
 MACHINES = 200
-SUBGROUPS = 64
+SUBGROUPS = 96  # about what 5e9 parameters are in subgroups of the default size
 
 
 def random_case(generator: np.random.Generator) -> tuple[Machine, Job]:
@@ -63,7 +63,7 @@ def random_case(generator: np.random.Generator) -> tuple[Machine, Job]:
     return machine, job
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_on_random_machines_no_known_system_is_faster_and_the_bound_is_near() -> None:
     generator = np.random.default_rng(7)
     gaps = []
