@@ -74,6 +74,20 @@ def test_a_parent_whose_content_changed(workplace: Workplace, layout: list[str])
     check_message(output, "step-12", "is damaged", shard.name)
 
 
+def test_optimizer_state_of_a_parent_that_has_none(place: Workplace) -> None:
+    if not (place.folder / "exported").exists():
+        place.run("export", "runs/base", "--output", "exported")
+    arguments = ["parent=exported", "optimizer_state=keep"]
+    check_message(place.run("train", "continue.yaml", "name=bad", *arguments, expect=2), "optimizer_state=keep")
+
+
+def test_a_diverged_run_ends_with_a_message(place: Workplace) -> None:
+    """Its updates are skipped, one after another: going on to the end would look like success."""
+    output = place.run("train", "base.yaml", "name=diverged", "schedule.peak=1e38", "duration=40 steps", expect=2)
+    check_message(output, "not finite", "in a row")
+    assert "update skipped" in output
+
+
 def test_ranks_that_torchrun_started_must_divide(place: Workplace) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m", "rewarm"]
     ran = subprocess.run(
