@@ -9,8 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from rewarm.data.indexed import IndexedWriter, token_dtype
 from system.conftest import Workplace, write_domain
 
 MISTAKES = {
@@ -121,6 +123,16 @@ def test_tokenizer_of_another_vocabulary(place: Workplace) -> None:
 def test_token_ids_beyond_the_model_are_named_when_read(place: Workplace) -> None:
     output = place.run("train", "base.yaml", "name=bad", "model.vocab_size=100", expect=2)
     check_message(output, "counting", "token id", "100 rows")
+
+
+@pytest.mark.parametrize("layout", [[], ["parallel.tensor=2"]])
+def test_held_out_token_ids_beyond_the_model_are_named(place: Workplace, layout: list[str]) -> None:
+    """Split over tensor ranks the embedding takes them for another rank's: the loss would be finite and wrong."""
+    writer = IndexedWriter(place.folder / "high", token_dtype(2000))
+    writer.add(np.arange(600, 1800).astype(token_dtype(2000)), [1200])
+    writer.close()
+    output = place.run("train", "continue.yaml", "name=bad", "data.threes.held_out=high", *layout, expect=2)
+    check_message(output, "threes", "held-out", "token id", "300 rows")
 
 
 def test_debug_shows_the_stack(place: Workplace) -> None:
