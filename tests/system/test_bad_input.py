@@ -12,8 +12,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from rewarm.data.indexed import IndexedWriter, token_dtype
 from system.conftest import Workplace, write_domain
 
 MISTAKES = {
@@ -77,6 +79,20 @@ def test_a_parent_whose_content_changed(workplace: Workplace, layout: list[str])
     check_message(output, "step-12", "is damaged", shard.name)
 
 
+def test_optimizer_state_of_a_parent_that_has_none(place: Workplace) -> None:
+    if not (place.folder / "exported").exists():
+        place.run("export", "runs/base", "--output", "exported")
+    arguments = ["parent=exported", "optimizer_state=keep"]
+    check_message(place.run("train", "continue.yaml", "name=bad", *arguments, expect=2), "optimizer_state=keep")
+
+
+def test_a_diverged_run_ends_with_a_message(place: Workplace) -> None:
+    """Its updates are skipped, one after another: going on to the end would look like success."""
+    output = place.run("train", "base.yaml", "name=diverged", "schedule.peak=1e38", "duration=40 steps", expect=2)
+    check_message(output, "not finite", "in a row")
+    assert "update skipped" in output
+
+
 def test_ranks_that_torchrun_started_must_divide(place: Workplace) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m", "rewarm"]
     ran = subprocess.run(
@@ -110,6 +126,16 @@ def test_tokenizer_of_another_vocabulary(place: Workplace) -> None:
 def test_token_ids_beyond_the_model_are_named_when_read(place: Workplace) -> None:
     output = place.run("train", "base.yaml", "name=bad", "model.vocab_size=100", expect=2)
     check_message(output, "counting", "token id", "100 rows")
+
+
+@pytest.mark.parametrize("layout", [[], ["parallel.tensor=2"]])
+def test_held_out_token_ids_beyond_the_model_are_named(place: Workplace, layout: list[str]) -> None:
+    """Split over tensor ranks the embedding takes them for another rank's: the loss would be finite and wrong."""
+    writer = IndexedWriter(place.folder / "high", token_dtype(2000))
+    writer.add(np.arange(600, 1800).astype(token_dtype(2000)), [1200])
+    writer.close()
+    output = place.run("train", "continue.yaml", "name=bad", "data.threes.held_out=high", *layout, expect=2)
+    check_message(output, "threes", "held-out", "token id", "300 rows")
 
 
 def test_debug_shows_the_stack(place: Workplace) -> None:

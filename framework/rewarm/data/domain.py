@@ -53,6 +53,26 @@ class Domain:
     info: dict[str, Any] = field(default_factory=dict)
     """All of ``domain.json``; empty for a bare pair."""
 
+    def check_token_ids(self, windows: np.ndarray, vocab_size: int, split: str) -> None:
+        """Refuse windows with ids that a model has no row for: an embedding that is split over ranks takes such an id
+        for another rank's, and the loss is finite and wrong.
+
+        Args:
+            windows: int64 [B, S + 1], read from this domain.
+            vocab_size: rows of the model.
+            split: what they were read from, for the message.
+
+        Raises:
+            UserError: naming the domain and the id.
+        """
+        for token in (int(windows.max()), int(windows.min())):
+            if not 0 <= token < vocab_size:
+                raise UserError(
+                    f"the {split} split of domain {self.name!r} ({self.path}) holds token id {token}, but the model "
+                    f"has {vocab_size} rows",
+                    fix="build the domain with the model's tokenizer: rewarm data build ... --tokenizer FOLDER",
+                )
+
     def measure_bytes_per_token(self, decoder: Decoder, max_windows: int = 256) -> float:
         """UTF-8 bytes per token of the held-out split, decoded once if the build did not record it.
 

@@ -54,7 +54,7 @@ def summarise(domain: Domain, window_sums: np.ndarray, tokens_per_window: int) -
     return HeldOutLoss(total, len(window_sums) * tokens_per_window, domain.held_out_bytes_per_token)
 
 
-def evaluate_domain(engine: Engine, domain: Domain, limit: int, micro_batch_size: int) -> HeldOutLoss:
+def evaluate_domain(engine: Engine, domain: Domain, limit: int, micro_batch_size: int, vocab_size: int) -> HeldOutLoss:
     """Evaluate the model on a domain. Collective.
 
     Args:
@@ -62,6 +62,8 @@ def evaluate_domain(engine: Engine, domain: Domain, limit: int, micro_batch_size
         domain: its held-out split is read.
         limit: most windows.
         micro_batch_size: windows per forward pass.
+        vocab_size: rows of the model; token ids at or above it are refused.
     """
     tokens = held_out_windows(domain.held_out, limit)
+    domain.check_token_ids(tokens, vocab_size, "held-out")
     return summarise(domain, engine.evaluate(tokens, micro_batch_size), tokens.shape[1] - 1)

@@ -34,12 +34,12 @@ def evaluate_run(
         check_tokenizers(model.tokenizer, model.architecture, domains)
     else:
         domains = model.stage(find_ranks().world_size).evaluated
+    limit, size, vocab_size = (
+        windows or settings.windows_per_domain, settings.micro_batch_size, model.architecture.vocab_size,
+    )  # fmt: skip
     engine = model.engine()
     try:
-        return [
-            (domain, evaluate_domain(engine, domain, windows or settings.windows_per_domain, settings.micro_batch_size))
-            for domain in domains
-        ]
+        return [(domain, evaluate_domain(engine, domain, limit, size, vocab_size)) for domain in domains]
     finally:
         engine.close()
 

@@ -30,13 +30,11 @@ def write_export(
     replace = replace or is_export(folder)
     check_free(folder, replace=replace)
     domains = model.stage(find_ranks().world_size).evaluated if evaluate else []
-    settings = model.config.evaluation
+    settings, vocab_size = model.config.evaluation, model.architecture.vocab_size
+    windows, size = settings.windows_per_domain, settings.micro_batch_size
     engine = model.engine()
     try:
-        losses = [
-            (domain.name, evaluate_domain(engine, domain, settings.windows_per_domain, settings.micro_batch_size))
-            for domain in domains
-        ]
+        losses = [(domain.name, evaluate_domain(engine, domain, windows, size, vocab_size)) for domain in domains]
         lineage = model.checkpoint / FILE_NAME
         engine.export_huggingface(folder, tokenizer=model.tokenizer, lineage=lineage, dtype=dtype, replace=replace)
         return losses

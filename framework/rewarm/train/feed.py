@@ -12,7 +12,6 @@ import numpy as np
 
 from rewarm.data.domain import Domain
 from rewarm.engine.base import Batch
-from rewarm.errors import UserError
 from rewarm.mixing.draws import rank_slice, sample_hash
 from rewarm.mixing.sampler import Draw, Sampler
 
@@ -136,12 +135,7 @@ class Feed:
             domain = self._domains[index]
             rows = np.flatnonzero(draw.domains == index)
             windows = domain.train.read(draw.windows[rows])
-            if windows.max() >= self._vocab_size:
-                raise UserError(
-                    f"domain {domain.name!r} ({domain.path}) holds token id {windows.max()}, but the model has "
-                    f"{self._vocab_size} rows",
-                    fix="build the domain with the model's tokenizer: rewarm data build ... --tokenizer FOLDER",
-                )
+            domain.check_token_ids(windows, self._vocab_size, "train")
             if tokens is None:
                 tokens = np.empty((len(draw.domains), windows.shape[1]), dtype=np.int64)
             tokens[rows] = windows

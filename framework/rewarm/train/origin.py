@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rewarm.checkpoint import store
 from rewarm.config.run import RunConfig
+from rewarm.errors import UserError
 from rewarm.model.description import ModelDescription
 from rewarm.replay.lineage import Lineage
 from rewarm.train.parent import Parent, find_parent, from_checkpoint
@@ -42,4 +43,9 @@ def find_origin(config: RunConfig) -> Origin:
     if config.parent is None:
         return Origin(None, None, Lineage(), None)
     parent = find_parent(config.parent, config.engine)
+    if parent.checkpoint is None and config.optimizer_state == "keep":
+        raise UserError(
+            f"optimizer_state=keep, but parent={config.parent} is a Hugging Face folder, which has no optimizer state",
+            fix="set optimizer_state=reset, or name a run as parent",
+        )
     return Origin(parent, parent.architecture, parent.lineage, parent.tokenizer)

@@ -82,8 +82,11 @@ def _train(config: RunConfig, stage: Stage, engine: Engine) -> None:
 
 
 def end_state(run: Run) -> State:
-    """How an invocation ended that did not fail."""
-    if run.step >= run.config.total_steps:
+    """How an invocation ended that did not fail. On the main rank.
+
+    A stop during the last evaluation leaves that to a resume: the run is not finished.
+    """
+    if run.tracker.last_evaluated_step == run.config.total_steps:
         return "finished"
     return "paused" if run.stop_reason is None else "stopped"
 

@@ -16,7 +16,7 @@ def print_summary(run: Run) -> None:
     from rich.console import Console
 
     console = Console()
-    if run.step < run.config.total_steps:
+    if run.tracker.last_evaluated_step != run.config.total_steps:
         why = run.stop_reason or f"stop_at={run.config.stop_at}"
         console.print(f"stopped after step {run.step} of {run.config.total_steps} ({why}); the same command goes on")
         return

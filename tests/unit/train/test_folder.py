@@ -64,6 +64,19 @@ def test_what_makes_another_stage_is_refused_with_both_values(folder: Path, chan
     assert "parent:" in str(caught.value.fix)
 
 
+def test_evaluation_is_part_of_the_recipe_where_it_decides_the_weights(tmp_path: Path) -> None:
+    """A resume may look at the losses more often, unless the weights follow from what is seen."""
+    for mixture, refused in (({"mixer": "static"}, False), ({"mixer": "odm"}, True)):
+        before = config(mixture=mixture, evaluation={"interval": "100 steps"})
+        (tmp_path / "config.yaml").write_text(dump(before))
+        after = config(mixture=mixture, evaluation={"interval": "50 steps"})
+        if refused:
+            with pytest.raises(UserError, match="evaluation.interval"):
+                check_same_stage(after, tmp_path)
+        else:
+            assert len(check_same_stage(after, tmp_path)) == 1
+
+
 def test_a_folder_that_cannot_be_written_is_named() -> None:
     with pytest.raises(UserError, match="/proc/nowhere/x cannot be written"):
         prepare_folder(config(runs_folder="/proc/nowhere"))

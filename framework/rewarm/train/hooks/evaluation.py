@@ -35,12 +35,13 @@ class EvaluationHook(Hook):
         return run.step == 0 or run.step == run.config.total_steps or at_interval
 
     def _evaluate(self, run: Run) -> None:
-        settings = run.config.evaluation
+        settings, vocab_size = run.config.evaluation, run.stage.architecture.vocab_size
+        windows, size = settings.windows_per_domain, settings.micro_batch_size
         losses: list[HeldOutLoss] = []
         for domain in run.stage.evaluated:
             if run.poll_stop():
                 return
-            losses.append(evaluate_domain(run.engine, domain, settings.windows_per_domain, settings.micro_batch_size))
+            losses.append(evaluate_domain(run.engine, domain, windows, size, vocab_size))
         run.tracker.evaluation(
             evaluation_line(
                 step=run.step,
