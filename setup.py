@@ -100,5 +100,5 @@ setup(
         "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.8", "mypy>=1.13", "types-PyYAML"],
         "tensorboard": ["tensorboard>=2.17"],
     },
-    entry_points={"console_scripts": ["rewarm=rewarm.cli.main:main"]},
+    entry_points={"console_scripts": ["rewarm=rewarm.__main__:main"]},
 )
