@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rewarm.checkpoint import store
 from rewarm.config.run import RunConfig
+from rewarm.errors import UserError
 from rewarm.model.architecture import Architecture
 from rewarm.replay.lineage import Lineage
 from rewarm.train.parent import Parent, find_parent, from_checkpoint
@@ -30,7 +31,7 @@ def find_origin(config: RunConfig) -> Origin:
     """Look at the run folder, then at the parent.
 
     Raises:
-        UserError: if the run has no checkpoint of its own and its parent cannot be used.
+        UserError: if the run has no checkpoint of its own and its parent cannot be used as asked.
     """
     for checkpoint in store.list_checkpoints(config.folder / "checkpoints"):
         try:
@@ -42,4 +43,9 @@ def find_origin(config: RunConfig) -> Origin:
     if config.parent is None:
         return Origin(None, None, Lineage(), None)
     parent = find_parent(config.parent)
+    if config.optimizer_state == "keep" and parent.checkpoint is None:
+        raise UserError(
+            f"optimizer_state=keep: parent={config.parent} is a Hugging Face folder, which has no optimizer state",
+            fix="leave it out, or name a run as the parent",
+        )
     return Origin(parent, parent.architecture, parent.lineage, parent.tokenizer)
