@@ -97,7 +97,15 @@ setup(
     cmdclass={"build_ext": PlainLibraries},
     install_requires=VERSIONS["requirement_lines"](),
     extras_require={
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.8", "mypy>=1.13", "types-PyYAML"],
+        "test": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "ruff>=0.8",
+            "mypy>=1.13",
+            "types-PyYAML",
+        ],
         "tensorboard": ["tensorboard>=2.17"],
     },
     entry_points={"console_scripts": ["rewarm=rewarm.__main__:main"]},

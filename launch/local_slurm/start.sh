@@ -77,7 +77,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmdTimeout=10
 SlurmctldTimeout=10
-KillWait=15
+KillWait=60
 InactiveLimit=0
 MinJobAge=300
 UnkillableStepTimeout=60
@@ -88,14 +88,16 @@ for ((node = 1; node <= num_nodes; node++)); do
 done >> "$folder/slurm.conf"
 cat >> "$folder/slurm.conf" <<CONF
 PartitionName=batch Nodes=ALL Default=YES MaxTime=1-00:00:00 PriorityTier=10 State=UP
-PartitionName=low Nodes=ALL MaxTime=1-00:00:00 PriorityTier=1 GraceTime=20 State=UP
+PartitionName=low Nodes=ALL MaxTime=1-00:00:00 PriorityTier=1 GraceTime=60 State=UP
 PartitionName=short Nodes=ALL MaxTime=2 PriorityTier=10 State=UP
 CONF
 # What is in nodes/NAME is printed for the tasks of that node ("export NAME=value"), so that a test can make one node odd.
 mkdir "$folder/nodes"
 cat > "$folder/task_prolog" <<PROLOG
 #!/bin/bash
-cat "$folder/nodes/\$SLURMD_NODENAME" 2>/dev/null || true
+# SLURMD_NODENAME is still that of the batch script here; the daemon above knows its own node.
+node=\$(tr '\0' '\n' < /proc/\$PPID/environ | sed -n 's/^REWARM_NODE=//p')
+cat "$folder/nodes/\$node" 2>/dev/null || true
 PROLOG
 chmod 755 "$folder/task_prolog"
 cat > "$folder/environment.sh" <<CONF
@@ -110,7 +112,7 @@ munged --force --key-file="$folder/munge/key" --socket="$folder/munge/socket" --
 # The daemons outlive this shell and must not hold its terminal or the pipe that a caller reads.
 slurmctld -c </dev/null >>"$folder/log/start" 2>&1
 for ((node = 1; node <= num_nodes; node++)); do
-    slurmd -N "node$node" </dev/null >>"$folder/log/start" 2>&1
+    REWARM_NODE=node$node slurmd -N "node$node" </dev/null >>"$folder/log/start" 2>&1
 done
 
 for ((tries = 0; tries < 100; tries++)); do

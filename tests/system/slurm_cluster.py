@@ -92,6 +92,10 @@ class Cluster(Workplace):
         words = self.command("scontrol", "show", "job", "--oneliner", job).split()
         return next(word.split("=", 1)[1] for word in words if word.startswith(name + "="))
 
+    def hosts(self, job: str, name: str) -> list[str]:
+        """The hosts in a node list of a job."""
+        return sorted(self.command("scontrol", "show", "hostnames", self.field(job, name)).split())
+
     def wait(self, what: str, condition: Callable[[], bool], seconds: float = 120, *, pause: float = 0.1) -> None:
         """Wait for something, and show the cluster's state if it does not come."""
         deadline = time.monotonic() + seconds

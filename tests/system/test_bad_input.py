@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -68,6 +71,18 @@ def test_mistakes_are_refused_by_name(place: Workplace, mistake: str) -> None:
     check_message(place.run("train", "continue.yaml", "name=bad", *arguments, expect=2), *parts)
 
 
+@pytest.mark.parametrize("layout", [[], ["parallel.data=2"]])
+def test_a_parent_whose_content_changed(workplace: Workplace, layout: list[str]) -> None:
+    """One flipped bit in the weights, no size changed."""
+    newest = workplace.folder / "runs" / "base" / "checkpoints" / "step-12"
+    shard = max(newest.rglob("*.distcp"), key=lambda path: path.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    output = workplace.run("train", "continue.yaml", *layout, expect=2)
+    check_message(output, "step-12", "is damaged", shard.name)
+
+
 def test_ranks_that_torchrun_started_must_divide(place: Workplace) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m", "rewarm"]
     ran = subprocess.run(
@@ -108,29 +123,54 @@ def test_debug_shows_the_stack(place: Workplace) -> None:
     assert "Traceback" in output and "parent=runs/none" in output
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
-@pytest.mark.parametrize("layout", [[], ["parallel.data=2"]])
-def test_full_disk_while_saving_loses_nothing(workplace: Workplace, layout: list[str]) -> None:
-    """The second checkpoint does not fit; the first stays whole and the run goes on from it with more space."""
-    small = workplace.folder / "small"
-    small.mkdir()
-    newest = workplace.folder / "runs" / "base" / "checkpoints" / "step-12"
-    size = int(1.6 * sum(path.stat().st_size for path in newest.rglob("*") if path.is_file()))
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(small)]
-    mounted = subprocess.run(mount, capture_output=True)
+@pytest.fixture
+def small(workplace: Workplace) -> Iterator[Path]:
+    """A file system of its own, small enough to be filled."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    place = workplace.folder / "small"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place)], capture_output=True)
     if mounted.returncode:
         pytest.skip(f"cannot mount: {mounted.stderr.decode().strip()}")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.mark.parametrize("layout", [[], ["parallel.data=2"]])
+def test_full_disk_while_saving_loses_nothing(workplace: Workplace, small: Path, layout: list[str]) -> None:
+    """The disk fills up while the run trains; what was saved stays whole, and the run goes on once there is space."""
+    arguments = [
+        "train",
+        "continue.yaml",
+        "runs_folder=small",
+        "duration=3000 steps",
+        "evaluation.interval=null",
+        *layout,
+    ]
+    checkpoints = small / "continue" / "checkpoints"
+    process = workplace.start(*arguments)
     try:
-        output = workplace.run("train", "continue.yaml", "runs_folder=small", *layout, expect=2)
-        check_message(output, "cannot save a checkpoint", "No space left on device")
-        saved = [path.name for path in (small / "continue" / "checkpoints").iterdir()]
-        assert sorted(saved) == ["latest", "step-3"], saved
-        subprocess.run(["mount", "-o", "remount,size=64m", str(small)], check=True)
-        workplace.run("train", "continue.yaml", "runs_folder=small", *layout)
-        lines = [json.loads(line) for line in (small / "continue" / "metrics.jsonl").read_text().splitlines()]
-        assert [line["step"] for line in lines] == list(range(1, 13))
+        deadline = time.monotonic() + 90
+        while not (checkpoints / "latest").exists():
+            assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
+            time.sleep(0.01)
+        with pytest.raises(OSError, match="No space"), open(small / "filler", "wb", buffering=0) as filler:
+            while True:
+                filler.write(bytes(1 << 14))
+        output, _ = process.communicate(timeout=120)
     finally:
-        subprocess.run(["umount", "-l", str(small)], check=True)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 2, output
+    check_message(output, "No space left on device")
+    saved = sorted(path.name for path in checkpoints.iterdir())
+    assert saved[0] == "latest" and 1 <= len(saved[1:]) <= 2 and all(name.startswith("step-") for name in saved[1:])
+    (small / "filler").unlink()
+    stopped = max(int(name.removeprefix("step-")) for name in saved[1:])
+    workplace.run(*arguments, f"stop_at={stopped + 6} steps")
+    lines = [json.loads(line) for line in (small / "continue" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, stopped + 7))
 
 
 def test_a_resume_with_another_recipe_is_refused(workplace: Workplace) -> None:

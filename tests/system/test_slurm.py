@@ -74,13 +74,13 @@ def test_preempted_by_a_higher_priority(cluster: Cluster, check_same: Callable[[
 def test_a_lost_node_is_replaced(cluster: Cluster, check_same: Callable[[str], None]) -> None:
     (job,) = cluster.submit("lost")
     cluster.wait("step 25", lambda: cluster.steps("lost") >= 25, pause=0.002)
-    nodes = cluster.command("scontrol", "show", "hostnames", cluster.field(job, "NodeList")).split()
+    nodes = cluster.hosts(job, "NodeList")
     daemon = int((cluster.state / "pid" / f"slurmd-{nodes[1]}").read_text())
     with cluster.frozen("lost", 25):
         os.kill(daemon, signal.SIGKILL)
         cluster.wait("the requeue", lambda: cluster.field(job, "Restarts") == "1", 90)
     cluster.wait("the second attempt", lambda: cluster.field(job, "JobState") == "RUNNING", 60)
-    assert nodes[1] not in cluster.command("scontrol", "show", "hostnames", cluster.field(job, "NodeList")).split()
+    assert nodes[1] not in cluster.hosts(job, "NodeList")
     cluster.wait_for_end(job)
     subprocess.run(["slurmd", "-N", nodes[1]], env=cluster.environment(), check=True, timeout=20)
     assert outcomes(cluster, "lost")[-1] == "finished"
@@ -163,7 +163,7 @@ def test_an_unfit_node_is_named_and_avoided(cluster: Cluster, check_same: Callab
     odd.write_text("export SLURM_GPUS_ON_NODE=8\n")
     try:
         (job,) = cluster.submit("unfit", "--exclude", "node4")
-        cluster.wait("the exclusion", lambda: cluster.field(job, "ExcNodeList") == "node[1,4]", 90)
+        cluster.wait("the exclusion", lambda: cluster.hosts(job, "ExcNodeList") == ["node1", "node4"], 90)
         cluster.wait_for_end(job)
     finally:
         odd.unlink()

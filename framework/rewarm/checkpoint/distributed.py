@@ -20,13 +20,18 @@ class Group(Protocol):
     rank: int
     world_size: int
 
-    def barrier(self) -> None: ...
     def broadcast(self, value: Any) -> Any: ...
     def gather(self, value: Any) -> list[Any]: ...
 
 
 def save_checkpoint(
-    group: Group, folder: Path, step: int, write: Callable[[Path], None], state: dict[str, Any], keep: int
+    group: Group,
+    folder: Path,
+    step: int,
+    prepare: Callable[[Path], None],
+    write: Callable[[Path], None],
+    state: dict[str, Any],
+    keep: int,
 ) -> Path:
     """Write a checkpoint and make it visible. Collective.
 
@@ -34,6 +39,8 @@ def save_checkpoint(
         group: the ranks.
         folder: the run's ``checkpoints`` folder.
         step: the step it is the state after.
+        prepare: makes in that folder what the writing ranks need; called on rank 0 alone, so that an error there
+            leaves nobody in a collective.
         write: writes the sharded files into a folder; collective.
         state: everything else, plain JSON values; rank 0's is written.
         keep: checkpoints to keep.
@@ -45,17 +52,19 @@ def save_checkpoint(
         UserError: on every rank, if writing failed anywhere; what was there before is untouched.
     """
     partial = folder / f".partial-step-{step}"
-    _together(group, "begin", lambda: store.begin(folder, step) if group.rank == 0 else None, partial)
-    _together(group, "write", lambda: write(partial), partial)
 
-    def finish_share() -> dict[str, dict[str, int | str]]:
+    def begin() -> None:
         if group.rank == 0:
+            store.begin(folder, step)
             (partial / STATE).write_text(json.dumps(state, indent=1))
-        group.barrier()
-        names = store.content_files(partial)
-        return store.digest_files(partial, names[group.rank :: group.world_size], sync=True)
+            prepare(partial)
 
-    shares = _together(group, "hash", finish_share, partial)
+    _together(group, "begin", begin, partial)
+    _together(group, "write", lambda: write(partial), partial)
+    # On a shared file system the ranks may not see each other's newest files in a listing at once: together they do.
+    seen = _together(group, "list", lambda: store.content_files(partial), partial)
+    mine = sorted({name for names in seen for name in names})[group.rank :: group.world_size]
+    shares = _together(group, "hash", lambda: store.digest_files(partial, mine, sync=True), partial)
 
     def publish() -> None:
         if group.rank == 0:
@@ -72,8 +81,9 @@ def _together(group: Group, what: str, action: Callable[[], Any], partial: Path)
     result: Any = None
     try:
         result = action()
-    except OSError as problem:
-        error = f"rank {group.rank}: {problem.strerror or problem}"
+    except (OSError, UserError) as problem:
+        reason = problem.message if isinstance(problem, UserError) else problem.strerror or problem
+        error = f"rank {group.rank}: {reason}"
     outcomes = group.gather((error, result))
     errors = [problem for problem, _ in outcomes if problem is not None]
     if errors:
@@ -103,21 +113,31 @@ def find_checkpoint(group: Group, folder: Path, report: Callable[[str], None]) -
     """
     candidates = group.broadcast([str(path) for path in store.list_checkpoints(folder)])
     for candidate in map(Path, candidates):
-        problem: str | None = None
-        try:
-            names = sorted(store.read_manifest(candidate))
-            store.verify(candidate, names[group.rank :: group.world_size])
-        except store.DamagedCheckpoint as damage:
-            problem = str(damage)
-        problems = [text for text in group.gather(problem) if text is not None]
-        if not problems:
+        damage = find_damage(group, candidate)
+        if damage is None:
             return candidate
-        report(f"checkpoint skipped, it is damaged: {problems[0]}")
+        report(f"checkpoint skipped, it is damaged: {damage}")
     if candidates:
         raise UserError(
             f"every checkpoint in {folder} is damaged", fix="restore one, or remove the folder to start the run again"
         )
     return None
+
+
+def find_damage(group: Group, checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, on every rank; None if its content is what was saved. Collective.
+
+    Args:
+        group: the ranks; each reads its share of the files.
+        checkpoint: the checkpoint.
+    """
+    problem: str | None = None
+    try:
+        names = sorted(store.read_manifest(checkpoint))
+        store.verify(checkpoint, names[group.rank :: group.world_size])
+    except store.DamagedCheckpoint as damage:
+        problem = str(damage)
+    return next((text for text in group.gather(problem) if text is not None), None)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

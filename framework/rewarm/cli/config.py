@@ -19,6 +19,9 @@ app = typer.Typer(
 def show(
     config: Annotated[Path, typer.Argument(help="YAML file of the stage.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change, as a.b.c=value.")] = None,
+    deepspeed: Annotated[
+        bool, typer.Option("--deepspeed", help="Print the DeepSpeed configuration that it stands for instead.")
+    ] = False,
 ) -> None:
     """Check a configuration and print it with every default filled in.
 
@@ -34,6 +37,11 @@ def show(
     from rewarm.schedule.learning_rate import LearningRate
 
     settings = load(config, overrides or [])
+    if deepspeed:
+        from rewarm.engine.deepspeed.json import show_json
+
+        sys.stdout.write(show_json(settings))
+        return
     schedule = LearningRate(settings.schedule, settings.total_tokens, settings.tokens_per_step)
     sys.stdout.write(dump(settings))
     sys.stdout.write(f"# length: {settings.total_steps:,} steps of {settings.tokens_per_step:,} tokens, ")

@@ -36,8 +36,8 @@ def evaluate(
 
         rewarm evaluate runs/large parallel.tensor=4 --windows 512
     """
-    from rewarm.evaluation.evaluate import evaluate_huggingface, evaluate_run
     from rewarm.launch.environment import find_ranks
+    from rewarm.train.evaluate import evaluate_huggingface, evaluate_run
 
     if (model / "config.json").is_file():
         results = evaluate_huggingface(model, _named(data or []), sequence_length, windows or 64, overrides or [])

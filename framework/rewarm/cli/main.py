@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -11,8 +12,9 @@ from pathlib import Path
 
 import typer
 
-from rewarm.cli import config, data, mixture
+from rewarm.cli import config, data, mixture, offload
 from rewarm.cli.cancel import cancel
+from rewarm.cli.convert import convert
 from rewarm.cli.doctor import doctor
 from rewarm.cli.evaluate import evaluate
 from rewarm.cli.export import export
@@ -41,9 +43,11 @@ app.command("cancel")(cancel)
 app.command("evaluate")(evaluate)
 app.command("import")(import_)
 app.command("export")(export)
+app.command("convert")(convert)
 app.add_typer(data.app, name="data")
 app.add_typer(config.app, name="config")
 app.add_typer(mixture.app, name="mixture")
+app.add_typer(offload.app, name="offload")
 app.command("doctor")(doctor)
 
 
@@ -69,10 +73,24 @@ def main() -> None:
         if not isinstance(getattr(end.__context__, "__cause__", None), KeyboardInterrupt):
             raise
         _fail("rewarm: interrupted", status=130, kind="interrupted", debug=False)
+    except OSError as error:
+        if error.errno not in _OF_THE_DISK:
+            _fail(_crash(error, debug), status=1, kind="crash", debug=debug)
+        where = f" ({error.filename})" if error.filename else ""
+        _fail(f"rewarm: {error.strerror}{where}\n  fix: free space or make the place writable, then run the same "
+              "command: it goes on from the last whole checkpoint", status=2, kind="user", debug=debug)  # fmt: skip
     except Exception as error:
-        text = "".join(traceback.format_exception(error)) if debug else f"rewarm: {type(error).__name__}: {error}"
-        _fail(f"{text.rstrip()}\n  this is not a usage error; run again with --debug for the stack trace",
-              status=1, kind="crash", debug=debug)  # fmt: skip
+        _fail(_crash(error, debug), status=1, kind="crash", debug=debug)
+
+
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Whatever was being written: the user mends these, and nothing that was saved before is lost."""
+
+
+def _crash(error: Exception, debug: bool) -> str:
+    """What is printed of an error that is not the user's."""
+    text = "".join(traceback.format_exception(error)) if debug else f"rewarm: {type(error).__name__}: {error}"
+    return f"{text.rstrip()}\n  this is not a usage error; run again with --debug for the stack trace"
 
 
 def _fail(text: str, *, status: int, kind: str, debug: bool, host: str | None = None) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from rewarm.config.data import DomainConfig
+from rewarm.config.deepspeed import DeepSpeedConfig, check_engine
 from rewarm.config.mixture import MixtureConfig, ReplayConfig
 from rewarm.config.model import ModelConfig
 from rewarm.config.section import Duration, Section, parse_duration, resolve_duration
@@ -33,8 +34,9 @@ class RunConfig(Section):
     """Where run folders are made, relative to the working directory."""
     seed: int = Field(1234, ge=0, lt=2**63)
     """Seed of the weights, of the data order and of dropout."""
-    engine: Literal["megatron"] = "megatron"
-    """What turns a batch into an optimizer step."""
+    engine: Literal["megatron", "deepspeed"] = "megatron"
+    """What turns a batch into an optimizer step. megatron: Megatron-Core, for the families that ``model`` can name.
+    deepspeed: DeepSpeed ZeRO around any causal language model of transformers."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of parameters and activations; the optimizer always keeps fp32 parameters and moments."""
     tokenizer: str | None = None
@@ -77,6 +79,8 @@ class RunConfig(Section):
     """The process group."""
     megatron: MegatronConfig = MegatronConfig()
     """Settings of the megatron engine."""
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    """Settings of the deepspeed engine."""
 
     @field_validator("data", mode="before")
     @classmethod
@@ -98,6 +102,7 @@ class RunConfig(Section):
         _check_lineage(self)
         _check_sizes(self)
         _check_mixture(self)
+        check_engine(self)
         return self
 
     @property

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from rewarm.config.run import RunConfig
 from rewarm.engine.base import Engine
-from rewarm.model.architecture import Architecture
+from rewarm.model.description import HuggingFaceModel, ModelDescription
 
 
-def build_engine(config: RunConfig, architecture: Architecture, domain_names: Sequence[str]) -> Engine:
+def build_engine(config: RunConfig, model: ModelDescription, domain_names: Sequence[str]) -> Engine:
     """Join the ranks and build the model and its optimizer. Collective.
 
     The weights are random, drawn from ``config.seed`` and the same on every layout, unless ``config.parent`` is set:
@@ -18,12 +18,29 @@ def build_engine(config: RunConfig, architecture: Architecture, domain_names: Se
 
     Args:
         config: the resolved configuration.
-        architecture: the model, of ``config.model`` or of the parent.
+        model: of ``config.model`` or of the parent; an ``Architecture`` for megatron, a ``HuggingFaceModel`` for
+            deepspeed.
         domain_names: the domains that :attr:`~rewarm.engine.base.Batch.domains` counts, in that order.
 
     Raises:
         rewarm.errors.UserError: if the layout does not fit the ranks, the model or the batch.
     """
+    if isinstance(model, HuggingFaceModel):
+        from rewarm.engine.deepspeed.engine import DeepSpeedEngine
+
+        return DeepSpeedEngine(config, model, domain_names)
     from rewarm.engine.megatron.engine import MegatronEngine
 
-    return MegatronEngine(config, architecture, domain_names)
+    return MegatronEngine(config, model, domain_names)
+
+
+def prepare_engine(config: RunConfig) -> None:
+    """Do what needs doing once on a machine before its ranks start.
+
+    Raises:
+        rewarm.errors.UserError: if an extension cannot be compiled.
+    """
+    if config.engine == "deepspeed":
+        from rewarm.engine.deepspeed.extensions import prepare_extensions
+
+        prepare_extensions(config.deepspeed)

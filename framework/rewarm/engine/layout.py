@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from rewarm.config.run import RunConfig
 from rewarm.errors import UserError
 from rewarm.model.architecture import Architecture
+from rewarm.model.description import HuggingFaceModel, ModelDescription
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,18 +25,23 @@ class Layout:
     """Forward passes of one data-parallel rank in one step."""
 
 
-def check_layout(config: RunConfig, architecture: Architecture, world_size: int) -> Layout:
+def check_layout(config: RunConfig, model: ModelDescription, world_size: int) -> Layout:
     """Check that the ranks, the model and the batch divide as ``config.parallel`` wants.
 
     Args:
         config: the resolved configuration.
-        architecture: the model, which a parent brings when ``config.model`` is None.
+        model: what the engine runs, which a parent brings when ``config.model`` is None.
         world_size: number of ranks.
 
     Raises:
         rewarm.errors.UserError: naming the two numbers that do not fit and the setting to change.
     """
-    _check_model(config, architecture)
+    if isinstance(model, HuggingFaceModel):
+        from rewarm.engine.deepspeed.layout import check_model
+
+        check_model(config, model)
+    else:
+        _check_model(config, model)
     data = _data_parallel_size(config, world_size)
     return Layout(
         tensor=config.parallel.tensor,

@@ -32,11 +32,13 @@ def start(config: RunConfig, arguments: list[str]) -> None:
     if num_ranks == 1:
         _train(config)
         return
+    from rewarm.engine.build import prepare_engine
     from rewarm.train.folder import prepare_folder
     from rewarm.train.stage import resolve_stage
 
     resolve_stage(config, num_ranks)
     prepare_folder(config)
+    prepare_engine(config)
     sys.exit(launch_local(arguments, num_ranks, config.folder / "logs"))
 
 

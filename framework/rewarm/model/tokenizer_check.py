@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rewarm.errors import UserError
-from rewarm.model.architecture import Architecture
+from rewarm.model.description import ModelDescription
 
 
 def required_rows(tokenizer: str | Path) -> int:
@@ -36,7 +36,7 @@ def required_rows(tokenizer: str | Path) -> int:
     return max(vocabulary.values()) + 1
 
 
-def check_tokenizer_fits(tokenizer: str | Path, architecture: Architecture, model: str) -> None:
+def check_tokenizer_fits(tokenizer: str | Path, architecture: ModelDescription, model: str) -> None:
     """Refuse a tokenizer with ids that the model has no row for; fewer ids than rows are usual and fine.
 
     Args:

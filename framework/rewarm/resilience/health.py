@@ -20,8 +20,8 @@ from rewarm.launch.environment import this_node
 
 MIN_FREE_GPU_SHARE = 0.9
 """Of a GPU's memory: less means that another process, or a dead one, holds some of it."""
-MIN_FREE_DISK = 1 << 30
-"""Bytes that the run folder's file system must have free."""
+CHECKPOINT_BYTES_PER_PARAMETER = 16
+"""Parameters in fp32, and the optimizer's fp32 copy and two moments: what one checkpoint takes, at most."""
 MAX_CLOCK_SKEW = 60.0
 """Seconds a node's clock may be off: beyond it file times, credentials and logs cannot be trusted."""
 NOTED_CLOCK_SKEW = 2.0
@@ -53,7 +53,7 @@ def check_device() -> None:
     """Look at this rank's device before it joins the others.
 
     Raises:
-        NodeFault: if the GPU is missing, mostly occupied, or computes wrongly.
+        NodeFault: if the GPU is missing, does not answer, or is mostly occupied.
     """
     import torch
 
@@ -64,7 +64,8 @@ def check_device() -> None:
     visible = os.environ.get("SLURM_GPUS_ON_NODE") or os.environ.get("SLURM_GPUS_PER_NODE")
     if not device.is_gpu():
         if visible and visible != "0":
-            raise NodeFault(this_node(), f"SLURM gave {visible} GPUs, but torch finds none: see nvidia-smi there")
+            why = "this torch is built without CUDA" if torch.version.cuda is None else "see nvidia-smi there"
+            raise NodeFault(this_node(), f"SLURM gave {visible} GPUs, but torch finds none: {why}")
         return
     local, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if local >= found:
@@ -102,11 +103,16 @@ def check_nodes(engine: Engine, folder: Path) -> list[str]:
         reduce_seconds=_time_reduce(engine),
         free_disk=shutil.disk_usage(folder).free,
     )
-    return compare(engine.gather(report), folder)
+    return compare(engine.gather(report), folder, CHECKPOINT_BYTES_PER_PARAMETER * engine.parameter_count())
 
 
-def compare(reports: Sequence[NodeReport], folder: Path) -> list[str]:
+def compare(reports: Sequence[NodeReport], folder: Path, checkpoint_bytes: int) -> list[str]:
     """Judge the reports of all ranks.
+
+    Args:
+        reports: one of each rank.
+        folder: the run.
+        checkpoint_bytes: what one checkpoint takes; with less free than that the first save would fail.
 
     Returns:
         What is odd.
@@ -120,11 +126,12 @@ def compare(reports: Sequence[NodeReport], folder: Path) -> list[str]:
         skew = report.clock - clock
         if abs(skew) > MAX_CLOCK_SKEW:
             raise NodeFault(report.node, f"its clock is {skew:+.0f} s off that of the others")
-        if report.free_disk < MIN_FREE_DISK:
-            free = report.free_disk / 2**20
+        if report.free_disk < checkpoint_bytes:
+            free, needed = report.free_disk / 2**20, checkpoint_bytes / 2**20
             # Not the node's fault: most run folders lie on storage that all nodes share.
             raise UserError(
-                f"node {report.node} finds only {free:.0f} MiB free where {folder} lies, and checkpoints need more",
+                f"node {report.node} finds only {free:.0f} MiB free where {folder} lies, and one checkpoint takes "
+                f"{needed:.0f} MiB",
                 fix="free some space, lower checkpoint.keep, or set runs_folder to another file system",
             )
     work = statistics.median(report.work_seconds for report in reports)

@@ -48,6 +48,7 @@ class Feed:
         sampler: positioned at the first sample of the next step.
         domains: in the sampler's order.
         global_batch_size: windows per step.
+        total_samples: of the stage; nothing beyond them is drawn, so that a domain may be used up exactly.
         rank: which slice is read.
         num_ranks: data-parallel ranks.
         vocab_size: token ids at or above it are refused.
@@ -59,6 +60,7 @@ class Feed:
         domains: Sequence[Domain],
         *,
         global_batch_size: int,
+        total_samples: int,
         rank: int,
         num_ranks: int,
         vocab_size: int,
@@ -67,7 +69,7 @@ class Feed:
         self._domains = list(domains)
         self._names = [domain.name for domain in domains]
         self._size, self._rank, self._num_ranks = global_batch_size, rank, num_ranks
-        self._vocab_size = vocab_size
+        self._vocab_size, self._total_samples = vocab_size, total_samples
         self._ahead: deque[_Pending] = deque()
         self._scheduled: dict[int, np.ndarray] = {}
         self._state = sampler.state_dict()
@@ -75,7 +77,7 @@ class Feed:
 
     def next(self) -> FedStep:
         """The next step's batch."""
-        while len(self._ahead) <= PREFETCH_STEPS:
+        while len(self._ahead) <= PREFETCH_STEPS and self._sampler.sample_index < self._total_samples:
             self._draw_ahead()
         pending = self._ahead.popleft()
         batch = pending.batch.result()

@@ -10,8 +10,8 @@ from rewarm.checkpoint import store
 from rewarm.checkpoint.distributed import save_checkpoint
 from rewarm.config.load import apply_override, build
 from rewarm.errors import UserError
+from rewarm.model.description import describe
 from rewarm.model.files import carry_files
-from rewarm.model.huggingface import architecture_from_huggingface
 from rewarm.replay.lineage import Lineage
 from rewarm.train.parent import TOKENIZER
 from rewarm.train.state import MODEL
@@ -34,7 +34,6 @@ def import_model(source: Path, output: Path, precision: str, overrides: Iterable
     """
     from rewarm.engine.build import build_engine
 
-    architecture = architecture_from_huggingface(source)
     if store.list_checkpoints(output / "checkpoints"):
         raise UserError(f"{output} already has checkpoints", fix="choose another --output")
     values: dict[str, Any] = {
@@ -43,26 +42,27 @@ def import_model(source: Path, output: Path, precision: str, overrides: Iterable
         "parent": str(source),
         "precision": precision,
         "data": {},
-        "batch": {"sequence_length": min(256, architecture.max_position_embeddings)},
     }
     for override in overrides:
         apply_override(values, override)
+    architecture = describe(source, str(values.get("engine", "megatron")))
+    values.setdefault("batch", {}).setdefault("sequence_length", min(256, architecture.max_position_embeddings or 256))
     config = build(values, source=f"import of {source}")
     engine = build_engine(config, architecture, [])
     try:
         engine.import_huggingface(source)
 
+        def prepare(folder: Path) -> None:
+            (folder / MODEL).mkdir()
+            Lineage.load(source).save(folder)
+
         def write(folder: Path) -> None:
-            if engine.is_main:
-                (folder / MODEL).mkdir()
-                Lineage.load(source).save(folder)
-            engine.barrier()
             engine.save(folder / MODEL, optimizer=False)
 
         if engine.is_main:
             (output / TOKENIZER).mkdir(parents=True, exist_ok=True)
             carry_files(source, output / TOKENIZER)
         state = {"architecture": architecture.to_dict(), "precision": precision, "engine": config.engine}
-        return save_checkpoint(engine, output / "checkpoints", 0, write, state, keep=1)
+        return save_checkpoint(engine, output / "checkpoints", 0, prepare, write, state, keep=1)
     finally:
         engine.close()

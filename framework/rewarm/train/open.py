@@ -15,7 +15,7 @@ from rewarm.config.load import apply_override, build
 from rewarm.config.run import RunConfig
 from rewarm.engine.base import Engine
 from rewarm.errors import UserError
-from rewarm.model.architecture import Architecture
+from rewarm.model.description import ModelDescription
 from rewarm.train.parent import find_parent
 from rewarm.train.stage import Stage, resolve_stage
 from rewarm.train.state import MODEL
@@ -32,7 +32,7 @@ class OpenModel:
     folder: Path
     """The run folder."""
     checkpoint: Path
-    architecture: Architecture
+    architecture: ModelDescription
     tokenizer: Path | None
 
     def stage(self, num_ranks: int) -> Stage:
@@ -71,6 +71,8 @@ def open_model(path: str | Path, overrides: Iterable[str] = ()) -> OpenModel:
     values = _settings(folder, found.checkpoint, found.architecture)
     for section in _OF_THE_MACHINE:
         values.pop(section, None)
+    kept = values.pop("deepspeed", {})
+    values["deepspeed"] = {key: kept[key] for key in ("attention", "trust_remote_code") if key in kept}
     # The folder may have been moved or renamed since it was written, and the weights are in the checkpoint.
     values |= {"name": folder.name, "runs_folder": str(folder.parent)}
     for override in overrides:
@@ -79,7 +81,7 @@ def open_model(path: str | Path, overrides: Iterable[str] = ()) -> OpenModel:
     return OpenModel(config, folder, found.checkpoint.resolve(), found.architecture, found.tokenizer)
 
 
-def _settings(folder: Path, checkpoint: Path, architecture: Architecture) -> dict[str, Any]:
+def _settings(folder: Path, checkpoint: Path, architecture: ModelDescription) -> dict[str, Any]:
     """The run's own settings, or, for an imported model, which has none, as few as an engine needs."""
     if (folder / "config.yaml").is_file():
         return dict(yaml.safe_load((folder / "config.yaml").read_text()))
@@ -87,5 +89,6 @@ def _settings(folder: Path, checkpoint: Path, architecture: Architecture) -> dic
         "parent": str(checkpoint),
         "precision": read_state(checkpoint)["precision"],
         "data": {},
-        "batch": {"sequence_length": min(256, architecture.max_position_embeddings)},
+        "engine": read_state(checkpoint)["engine"],
+        "batch": {"sequence_length": min(256, architecture.max_position_embeddings or 256)},
     }

@@ -8,7 +8,7 @@ from pathlib import Path
 from rewarm.checkpoint import store
 from rewarm.config.run import RunConfig
 from rewarm.errors import UserError
-from rewarm.model.architecture import Architecture
+from rewarm.model.description import ModelDescription
 from rewarm.replay.lineage import Lineage
 from rewarm.train.parent import Parent, find_parent, from_checkpoint
 
@@ -19,7 +19,7 @@ class Origin:
 
     parent: Parent | None
     """None when the run has no parent, or goes on from its own checkpoints and the parent may be gone."""
-    architecture: Architecture | None
+    architecture: ModelDescription | None
     """None when the model starts from random weights of the configuration's shape."""
     lineage: Lineage
     """The ancestors, without the run itself."""
@@ -38,11 +38,11 @@ def find_origin(config: RunConfig) -> Origin:
             store.verify(checkpoint, names=())
         except store.DamagedCheckpoint:
             continue
-        own = from_checkpoint(checkpoint)
+        own = from_checkpoint(checkpoint, config.engine)
         return Origin(None, own.architecture, Lineage(own.lineage.stages[:-1]), own.tokenizer)
     if config.parent is None:
         return Origin(None, None, Lineage(), None)
-    parent = find_parent(config.parent)
+    parent = find_parent(config.parent, config.engine)
     if config.optimizer_state == "keep" and parent.checkpoint is None:
         raise UserError(
             f"optimizer_state=keep: parent={config.parent} is a Hugging Face folder, which has no optimizer state",

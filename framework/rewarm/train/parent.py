@@ -8,8 +8,7 @@ from pathlib import Path
 from rewarm.checkpoint import store
 from rewarm.checkpoint.distributed import read_state
 from rewarm.errors import UserError
-from rewarm.model.architecture import Architecture
-from rewarm.model.huggingface import architecture_from_huggingface
+from rewarm.model.description import ModelDescription, describe, description_from_dict
 from rewarm.replay.lineage import Lineage
 
 TOKENIZER = "tokenizer"
@@ -22,7 +21,7 @@ class Parent:
 
     folder: Path
     """The run folder, or the Hugging Face folder."""
-    architecture: Architecture
+    architecture: ModelDescription
     lineage: Lineage
     """Its ancestors and itself."""
     checkpoint: Path | None = None
@@ -43,11 +42,12 @@ def tokenizer_of(huggingface: Path) -> Path | None:
     return huggingface if any((huggingface / name).exists() for name in names) else None
 
 
-def find_parent(path: str) -> Parent:
+def find_parent(path: str, engine: str | None = None) -> Parent:
     """Tell what a path names.
 
     Args:
         path: a run folder, a ``checkpoints/step-<n>`` folder inside one, or a Hugging Face folder.
+        engine: what will train it; None takes a run with the engine it has.
 
     Raises:
         UserError: if it is none of them, or a run without a whole checkpoint.
@@ -59,11 +59,11 @@ def find_parent(path: str) -> Parent:
             fix="name a run folder, a checkpoint inside one (runs/NAME/checkpoints/step-N), or a Hugging Face folder",
         )
     if store.step_of(folder) is not None and folder.parent.name == "checkpoints":
-        return from_checkpoint(folder)
+        return from_checkpoint(folder, engine)
     if (folder / "checkpoints").is_dir():
-        return _from_run(folder)
+        return _from_run(folder, engine)
     if (folder / "config.json").is_file():
-        return Parent(folder, architecture_from_huggingface(folder), Lineage.load(folder))
+        return Parent(folder, describe(folder, engine or "megatron"), Lineage.load(folder))
     raise UserError(
         f"parent={path} is neither a run (no checkpoints/) nor a Hugging Face folder (no config.json)",
         fix="name a folder that is one of them"
@@ -71,13 +71,13 @@ def find_parent(path: str) -> Parent:
     )
 
 
-def _from_run(folder: Path) -> Parent:
+def _from_run(folder: Path, engine: str | None) -> Parent:
     """The newest checkpoint of a run whose files are all there."""
     damages = []
     for checkpoint in store.list_checkpoints(folder / "checkpoints"):
         try:
             store.verify(checkpoint, names=())
-            return from_checkpoint(checkpoint)
+            return from_checkpoint(checkpoint, engine)
         except store.DamagedCheckpoint as damage:
             damages.append(str(damage))
     raise UserError(
@@ -86,16 +86,26 @@ def _from_run(folder: Path) -> Parent:
     )
 
 
-def from_checkpoint(checkpoint: Path) -> Parent:
+def from_checkpoint(checkpoint: Path, engine: str | None = None) -> Parent:
     """A run as it was at one of its checkpoints.
 
+    Args:
+        checkpoint: its folder.
+        engine: what will train it; None takes it with the engine it has.
+
     Raises:
-        UserError: if the checkpoint is damaged.
+        UserError: if the checkpoint is damaged, or another engine wrote it.
     """
     try:
         store.verify(checkpoint, names=())
         state = read_state(checkpoint)
-        architecture = Architecture.from_dict(state["architecture"])
+        architecture = description_from_dict(state["architecture"])
     except (store.DamagedCheckpoint, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"parent={checkpoint} is damaged: {error}", fix="name another checkpoint of the run") from error
+    if engine is not None and state["engine"] != engine:
+        run = checkpoint.parent.parent
+        raise UserError(
+            f"{checkpoint} was saved by engine={state['engine']}, this run has engine={engine}",
+            fix=f"run: rewarm convert {run} --engine {engine}, or set engine={state['engine']}",
+        )
     return Parent(checkpoint.parent.parent, architecture, Lineage.load(checkpoint), checkpoint)

@@ -6,9 +6,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from rewarm.checkpoint.distributed import find_checkpoint, read_state
+from rewarm.checkpoint.distributed import find_checkpoint, find_damage, read_state
 from rewarm.config.run import RunConfig
 from rewarm.engine.base import Engine
+from rewarm.errors import UserError
 from rewarm.mixing.weight_log import WeightEntry, WeightLog
 from rewarm.resilience.health import check_device, check_nodes
 from rewarm.resilience.lock import RunLock
@@ -112,6 +113,7 @@ def assemble(config: RunConfig, stage: Stage, engine: Engine) -> Run:
         sampler,
         stage.trained,
         global_batch_size=config.batch.global_batch_size,
+        total_samples=config.total_steps * config.batch.global_batch_size,
         rank=engine.data_parallel_rank,
         num_ranks=engine.data_parallel_size,
         vocab_size=stage.architecture.vocab_size,
@@ -144,6 +146,11 @@ def _fill(run: Run, checkpoint: Path | None, state: dict[str, Any] | None) -> No
     elif parent is None:
         run.tracker.message(f"random weights, {run.engine.parameter_count():,} parameters")
     elif parent.checkpoint is not None:
+        damage = find_damage(run.engine, parent.checkpoint)
+        if damage is not None:
+            raise UserError(
+                f"parent={parent.checkpoint} is damaged: {damage}", fix="name another checkpoint of the run as parent"
+            )
         run.engine.load(parent.checkpoint / MODEL, optimizer=run.config.optimizer_state == "keep")
         run.tracker.message(f"weights of {parent.checkpoint}, optimizer state {run.config.optimizer_state}")
     else:

@@ -22,6 +22,7 @@ from rewarm.mixing.sampler import SampledDomain, Sampler
 from rewarm.mixing.weight_log import WeightEntry
 from rewarm.mixing.weights import TOTAL, align, fractions
 from rewarm.model.architecture import Architecture
+from rewarm.model.description import ModelDescription, from_scratch
 from rewarm.model.tokenizer_check import required_rows
 from rewarm.replay.lineage import ConsumedDomain, Lineage
 from rewarm.replay.lineage import Stage as LineageStage
@@ -39,7 +40,7 @@ class Stage:
 
     config: RunConfig
     origin: Origin
-    architecture: Architecture
+    architecture: ModelDescription
     tokenizer: Path | None
     """Folder of the tokenizer; None when nothing names one (bare token files and a model without one)."""
     trained: list[Domain]
@@ -175,7 +176,7 @@ def _clock(config: RunConfig) -> Clock:
     )
 
 
-def _new_architecture(config: RunConfig, tokenizer: Path | None, new: list[Domain]) -> Architecture:
+def _new_architecture(config: RunConfig, tokenizer: Path | None, new: list[Domain]) -> ModelDescription:
     assert config.model is not None, "RunConfig refuses a stage without parent and model"
     vocab_size = config.model.vocab_size or next((d.vocab_size for d in new if d.vocab_size), None)
     if vocab_size is None and tokenizer is not None:
@@ -186,7 +187,7 @@ def _new_architecture(config: RunConfig, tokenizer: Path | None, new: list[Domai
             "names the tokenizer it was built with",
             fix="set tokenizer to the folder of the tokenizer that the token files were made with",
         )
-    return Architecture.from_config(config.model, vocab_size)
+    return from_scratch(Architecture.from_config(config.model, vocab_size), config.engine, config.precision)
 
 
 def _check_enough_windows(config: RunConfig, trained: list[Domain], weights: np.ndarray) -> None:

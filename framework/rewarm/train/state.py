@@ -34,15 +34,17 @@ def _layout(run: Run) -> dict[str, Any]:
     return {"ranks": run.engine.world_size, **run.config.parallel.model_dump(mode="json")}
 
 
+def prepare_sharded(run: Run, folder: Path) -> None:
+    """Write the lineage up to here and make the folders that every rank writes into. On the main rank alone."""
+    lineage = run.stage.lineage(run.last_learning_rate, run.tokens, run.feed.cursors())
+    for place in (folder, run.folder):
+        lineage.save(place)
+    (folder / MODEL).mkdir()
+    (folder / RANDOM).mkdir()
+
+
 def write_sharded(run: Run, folder: Path) -> None:
-    """Write the model, the optimizer, every rank's random state, and the lineage up to here. Collective."""
-    if run.engine.is_main:
-        lineage = run.stage.lineage(run.last_learning_rate, run.tokens, run.feed.cursors())
-        for place in (folder, run.folder):
-            lineage.save(place)
-        (folder / MODEL).mkdir()
-        (folder / RANDOM).mkdir()
-    run.engine.barrier()
+    """Write the model, the optimizer and every rank's random state. Collective."""
     run.engine.save(folder / MODEL, optimizer=True)
     (folder / RANDOM / f"rank-{run.engine.rank:05d}.pickle").write_bytes(pickle.dumps(run.engine.rng_state()))
 

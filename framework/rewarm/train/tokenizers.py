@@ -8,7 +8,7 @@ from rewarm.config.run import RunConfig
 from rewarm.data.domain import Domain
 from rewarm.data.tokenizer import open_backend, tokenizer_fingerprint
 from rewarm.errors import UserError
-from rewarm.model.architecture import Architecture
+from rewarm.model.description import ModelDescription
 from rewarm.model.tokenizer_check import check_tokenizer_fits
 from rewarm.train.origin import Origin
 
@@ -35,7 +35,7 @@ def choose_tokenizer(config: RunConfig, origin: Origin, new: list[Domain]) -> Pa
     return Path(built_with) if built_with is not None and Path(built_with).is_dir() else None
 
 
-def check_tokenizers(tokenizer: Path | None, architecture: Architecture, domains: list[Domain]) -> None:
+def check_tokenizers(tokenizer: Path | None, architecture: ModelDescription, domains: list[Domain]) -> None:
     """Refuse domains that were built with another tokenizer than the model's, or that do not fit its rows.
 
     Bare token files say nothing of their tokenizer; their ids are checked as they are read.

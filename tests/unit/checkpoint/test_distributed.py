@@ -55,14 +55,25 @@ def on_ranks(world_size: int, action: Callable[[ThreadGroup], Any]) -> list[Any]
     return results
 
 
-def save(group: ThreadGroup, folder: Path, step: int, fail_on: int | None = None) -> Path:
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+def save(
+    group: ThreadGroup, folder: Path, step: int, fail_on: int | None = None, prepare_error: Exception | None = None
+) -> Path:
+    def prepare(partial: Path) -> None:
+        if prepare_error is not None:
+            raise prepare_error
+        (partial / "folder").mkdir()
+
     def write(partial: Path) -> None:
         if group.rank == fail_on:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise FULL
+        assert (partial / "folder").is_dir()
         (partial / f"shard-{group.rank}").write_bytes(bytes([group.rank]) * 100)
         group.barrier() if fail_on is None else None
 
-    return save_checkpoint(group, folder, step, write, {"step": step}, keep=2)
+    return save_checkpoint(group, folder, step, prepare, write, {"step": step}, keep=2)
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
@@ -83,6 +94,38 @@ def test_a_full_disk_on_one_rank_is_an_error_on_all_and_loses_nothing(tmp_path: 
     assert all(isinstance(error, UserError) and "No space left" in str(error) for error in errors)
     assert on_ranks(1, lambda group: find_checkpoint(group, tmp_path, print)) == [tmp_path / "step-1"]
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("error", [FULL, UserError("cannot write lineage.json: No space left on device")])
+def test_a_full_disk_before_the_ranks_write_leaves_none_waiting(tmp_path: Path, error: Exception) -> None:
+    on_ranks(3, lambda group: save(group, tmp_path, 1))
+    errors = on_ranks(3, lambda group: save(group, tmp_path, 2, prepare_error=error))
+    assert all(isinstance(error, UserError) and "No space left" in str(error) for error in errors), errors
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_state_that_cannot_be_written_is_an_error_on_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_text = Path.write_text
+
+    def full(path: Path, *args: Any, **kwargs: Any) -> int:
+        if path.name == "state.json":
+            raise FULL
+        return write_text(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    errors = on_ranks(3, lambda group: save(group, tmp_path, 1))
+    assert all(isinstance(error, UserError) and "No space left" in str(error) for error in errors), errors
+
+
+def test_every_file_is_in_the_manifest_though_ranks_list_differently(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cached listing on a shared file system lacks what other nodes wrote last."""
+    listing = store.content_files
+    calls = iter(range(100))
+    monkeypatch.setattr(store, "content_files", lambda folder: listing(folder)[next(calls) % 3 :])
+    on_ranks(3, lambda group: save(group, tmp_path, 1))
+    assert set(store.read_manifest(tmp_path / "step-1")) == set(listing(tmp_path / "step-1"))
 
 
 def test_a_damaged_checkpoint_is_named_and_stepped_over(tmp_path: Path) -> None:

@@ -40,8 +40,9 @@ def sampler(domains: list[Domain]) -> Sampler:
 def feed(domains: list[Domain], rank: int = 0, num_ranks: int = 1, vocab_size: int = 60000) -> Feed:
     """A feed at the first step."""
     return Feed(
-        sampler(domains), domains, global_batch_size=BATCH, rank=rank, num_ranks=num_ranks, vocab_size=vocab_size
-    )
+        sampler(domains), domains, global_batch_size=BATCH, total_samples=10**6,
+        rank=rank, num_ranks=num_ranks, vocab_size=vocab_size,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 6, 12])
@@ -73,7 +74,7 @@ def test_state_is_of_the_step_that_was_returned_however_far_reading_is(domains: 
     restored.load_state_dict(one.state_dict())
     assert restored.sample_index == 4 * BATCH
     expected = [one.next().sample_hash for _ in range(3)]
-    again = Feed(restored, domains, global_batch_size=BATCH, rank=0, num_ranks=1, vocab_size=60000)
+    again = Feed(restored, domains, global_batch_size=BATCH, total_samples=10**6, rank=0, num_ranks=1, vocab_size=60000)
     assert [again.next().sample_hash for _ in range(3)] == expected
 
 
@@ -85,7 +86,7 @@ def test_new_weights_take_effect_after_every_prefetch_and_survive_a_restore(doma
     one.schedule_weights(quantise([0.0, 0.0, 1.0]), at_sample)
     restored = sampler(domains)
     restored.load_state_dict(one.state_dict())
-    again = Feed(restored, domains, global_batch_size=BATCH, rank=0, num_ranks=1, vocab_size=60000)
+    again = Feed(restored, domains, global_batch_size=BATCH, total_samples=10**6, rank=0, num_ranks=1, vocab_size=60000)
     for step in range(1, 8):
         fed, other = one.next(), again.next()
         assert fed.sample_hash == other.sample_hash
@@ -100,3 +101,16 @@ def test_peek_leaves_the_batch_in_place(domains: list[Domain]) -> None:
 def test_token_ids_beyond_the_model_are_refused_with_the_domain_named(domains: list[Domain]) -> None:
     with pytest.raises(UserError, match="'d2'.*40000 rows"):
         feed(domains, vocab_size=40000).next()
+
+
+def test_a_stage_may_use_a_domain_up_to_its_last_window(domains: list[Domain]) -> None:
+    """Reading ahead must not ask for windows that no step will train on."""
+    only, steps = domains[:1], 4
+    limit = (steps * BATCH) / len(only[0].train)
+    sampled = [SampledDomain(only[0].name, len(only[0].train), only[0].fingerprint, max_epochs=limit)]
+    one = Feed(
+        Sampler(sampled, 5, quantise([1.0])), only, global_batch_size=BATCH, total_samples=steps * BATCH,
+        rank=0, num_ranks=1, vocab_size=60000,
+    )  # fmt: skip
+    assert len({one.next().sample_hash for _ in range(steps)}) == steps
+    assert one.cursors() == {"d0": steps * BATCH}

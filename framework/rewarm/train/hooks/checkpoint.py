@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rewarm.checkpoint.distributed import save_checkpoint
 from rewarm.train.hooks.base import Hook
-from rewarm.train.state import checkpoint_state, write_sharded
+from rewarm.train.state import checkpoint_state, prepare_sharded, write_sharded
 
 if TYPE_CHECKING:
     from rewarm.train.run import Run, StepRecord
@@ -37,6 +37,7 @@ class CheckpointHook(Hook):
             run.engine,
             run.folder / "checkpoints",
             run.step,
+            lambda folder: prepare_sharded(run, folder),
             lambda folder: write_sharded(run, folder),
             checkpoint_state(run),
             run.config.checkpoint.keep,

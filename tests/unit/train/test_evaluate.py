@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rewarm.errors import UserError
-from rewarm.evaluation.evaluate import evaluate_huggingface
+from rewarm.train.evaluate import evaluate_huggingface
 from system.conftest import write_domain
 
 

@@ -1,0 +1,1 @@
+"""The engine on DeepSpeed ZeRO: any causal language model of transformers."""

@@ -1,0 +1,189 @@
+"""Checkpoints that any layout can load: every rank writes its fragments, an index says what lies where.
+
+A folder holds ``index.json``, one ``rank-<r>`` folder of fp32 safetensors per rank, and ``buffers.safetensors`` where
+the model has buffers worth keeping. Nothing is gathered to write it; a rank of another stage, rank count, offload or
+tensor size reads the ranges that it needs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rewarm.engine import ranks
+from rewarm.engine.deepspeed.partitions import MOMENTS, WEIGHT, Partitions
+from rewarm.engine.deepspeed.shards import Shards, place
+from rewarm.errors import UserError
+from rewarm.model.safetensors_io import TensorFolder, TensorWriter
+
+INDEX = "index.json"
+BUFFERS = "buffers.safetensors"
+_FORMAT = "rewarm deepspeed 1"
+
+
+def save(
+    folder: Path, partitions: Partitions, shards: Shards, description: dict[str, Any], rank: int, *, optimizer: bool
+) -> None:
+    """Write into an existing empty folder. Collective.
+
+    Raises:
+        OSError: on every rank, if one of them could not write.
+    """
+    spans = {name: span for name, span in partitions.spans().items() if shards.answers_for(name)}
+    moments = optimizer and partitions.has_moments
+    together(lambda: _write_rank(folder / _rank_folder(rank), partitions, spans, moments))
+    parts = ranks.gather({"tensor_rank": shards.rank, "spans": spans})
+
+    def finish() -> None:
+        if rank:
+            return
+        index = {
+            "format": _FORMAT,
+            "model": description,
+            "optimizer": optimizer,
+            "moments": moments,
+            "steps": partitions.steps() if optimizer else 0,
+            "shapes": shards.shapes,
+            "cuts": {name: cut.to_dict() for name, cut in shards.maps.items()},
+            "ranks": parts,
+        }
+        (folder / INDEX).write_text(json.dumps(index))
+        _write_buffers(partitions.module, folder / BUFFERS)
+
+    together(finish)
+
+
+def _rank_folder(rank: int) -> str:
+    return f"rank-{rank:05d}"
+
+
+def _write_rank(folder: Path, partitions: Partitions, spans: dict[str, tuple[int, int]], moments: bool) -> None:
+    folder.mkdir()
+    kinds = (WEIGHT, *MOMENTS) if moments else (WEIGHT,)
+    shapes = {f"{name}/{kind}": (length,) for name, (_, length) in spans.items() for kind in kinds}
+    if not shapes:
+        return
+    writer = TensorWriter(folder, shapes, torch.float32)
+    for fragment in partitions.fragments(moments=moments, write=False):
+        if fragment.name in spans:
+            for kind in kinds:
+                writer.write(f"{fragment.name}/{kind}", fragment.tensors[kind])
+    writer.close()
+
+
+def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Buffers that belong to the model's state."""
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    state = module.state_dict(keep_vars=True)
+    return {name: value for name, value in state.items() if name not in parameters and isinstance(value, Tensor)}
+
+
+def _write_buffers(module: nn.Module, path: Path) -> None:
+    from safetensors.torch import save_file
+
+    buffers = {name: value.detach().cpu().contiguous() for name, value in persistent_buffers(module).items()}
+    if buffers:
+        save_file(buffers, path)
+
+
+class Checkpoint:
+    """A folder that :func:`save` wrote, as a source of weights and moments.
+
+    Args:
+        folder: the checkpoint.
+
+    Raises:
+        UserError: if it is not one.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            index = json.loads((folder / INDEX).read_text())
+            if index["format"] != _FORMAT:
+                raise ValueError(f"its format is {index['format']!r}")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{folder} is not a readable checkpoint of the deepspeed engine: {error}",
+                fix=f"name a folder that holds {INDEX}, written by this engine",
+            ) from error
+        self.folder = folder
+        self.has_optimizer, self.has_moments = bool(index["optimizer"]), bool(index["moments"])
+        self.steps = int(index["steps"])
+        self.model: dict[str, Any] = index["model"]
+        self.shapes = {name: tuple(shape) for name, shape in index["shapes"].items()}
+        self._cuts: dict[str, Any] = index["cuts"]
+        self._ranks: list[dict[str, Any]] = index["ranks"]
+        self._open: dict[int, TensorFolder] = {}
+
+    def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Refuse another model.
+
+        Raises:
+            UserError: naming the first parameter that differs.
+        """
+        for name in sorted(shapes.keys() | self.shapes.keys()):
+            if shapes.get(name) != self.shapes.get(name):
+                raise UserError(
+                    f"the checkpoint {self.folder} holds another model: {name} has shape {self.shapes.get(name)} "
+                    f"there and {shapes.get(name)} here",
+                    fix="continue from a run of the same model",
+                )
+
+    def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
+        """See :meth:`rewarm.engine.deepspeed.sources.Source.read`."""
+        if name not in self._cuts:
+            return self._assemble(name, kind, 0, start, stop)
+        from deepspeed.checkpoint.affine import ParamAffineMap
+
+        cut = ParamAffineMap.from_dict(self._cuts[name])
+        whole = torch.empty(math.prod(self.shapes[name]))
+        for rank, shape in cut.shard_shapes.items():
+            place(cut, rank, self._assemble(name, kind, rank, 0, math.prod(shape)), whole)
+        return whole[start:stop]
+
+    def _assemble(self, name: str, kind: str, tensor_rank: int, start: int, stop: int) -> Tensor:
+        """A range of one tensor rank's shard from the fragments of its data-parallel ranks."""
+        found = torch.empty(stop - start)
+        covered = 0
+        for rank, part in enumerate(self._ranks):
+            first, length = part["spans"].get(name, (0, 0))
+            low, high = max(start, first), min(stop, first + length)
+            if part["tensor_rank"] != tensor_rank or low >= high:
+                continue
+            found[low - start : high - start] = self._files(rank).read(
+                f"{name}/{kind}", slice(low - first, high - first)
+            )
+            covered += high - low
+        assert covered == stop - start, f"{self.folder}: {name} is covered in {covered} of {stop - start} elements"
+        return found
+
+    def _files(self, rank: int) -> TensorFolder:
+        if rank not in self._open:
+            self._open[rank] = TensorFolder(self.folder / _rank_folder(rank))
+        return self._open[rank]
+
+    def load_buffers(self, module: nn.Module) -> None:
+        """Put the saved buffers back."""
+        if not (self.folder / BUFFERS).is_file():
+            return
+        from safetensors.torch import load_file
+
+        buffers = persistent_buffers(module)
+        for name, value in load_file(self.folder / BUFFERS).items():
+            buffers[name].copy_(value)
+
+
+def together(action: Callable[[], Any]) -> None:
+    """Do something on every rank; what goes wrong on one is raised on all. Collective."""
+    error: Exception | None = None
+    try:
+        action()
+    except Exception as caught:
+        error = caught
+    ranks.raise_on_every_rank(error)

@@ -1,0 +1,249 @@
+"""The engine on DeepSpeed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from rewarm.config.run import RunConfig
+from rewarm.engine import device, layout, ranks
+from rewarm.engine.base import Batch, Engine, StepResult
+from rewarm.engine.collectives import (
+    Collectives,
+    evaluation_spans,
+    sum_array,
+    sum_by_domain,
+    tokens_per_window,
+)
+from rewarm.engine.deepspeed import compat, export
+from rewarm.engine.deepspeed.checkpoint import Checkpoint, save, together
+from rewarm.engine.deepspeed.extensions import needed_extensions, prepare_extensions
+from rewarm.engine.deepspeed.json import deepspeed_json
+from rewarm.engine.deepspeed.model import build_model
+from rewarm.engine.deepspeed.optimizer import build_optimizer, set_learning_rate
+from rewarm.engine.deepspeed.partitions import MOMENTS, WEIGHT, open_partitions
+from rewarm.engine.deepspeed.shards import Shards
+from rewarm.engine.deepspeed.sources import RandomWeights, Source, open_huggingface
+from rewarm.errors import UserError
+from rewarm.model.description import HuggingFaceModel
+
+
+class DeepSpeedEngine(Collectives, Engine):
+    """A transformers model under ZeRO; see :class:`~rewarm.engine.base.Engine` for the contract.
+
+    Attributes:
+        model: what transformers knows of the model.
+        deepspeed: the wrapped model, as ``deepspeed.initialize`` returned it.
+    """
+
+    def __init__(self, config: RunConfig, model: HuggingFaceModel, domain_names: Sequence[str]) -> None:
+        ranks.join(config.distributed.timeout)
+        self.layout = layout.check_layout(config, model, dist.get_world_size())
+        self.config, self.model = config, model
+        self._num_domains = len(domain_names)
+        self._device = device.activate()
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        # Tensor ranks are neighbours; each model copy is one row of them.
+        self._tensor_rank = self.rank % self.layout.tensor
+        self.data_parallel_rank, self.data_parallel_size = self.rank // self.layout.tensor, self.layout.data
+        self._reports = self._tensor_rank == 0
+        if needed_extensions(config.deepspeed):
+            together(lambda: prepare_extensions(config.deepspeed))
+        self._initialize()
+
+    def _initialize(self) -> None:
+        config, stage = self.config, self.config.deepspeed.zero_stage
+        deepspeed = compat.load_deepspeed()
+        with compat.quiet():
+            compat.adopt_process_group(deepspeed)
+        values = deepspeed_json(config, self.layout.data)
+        # Dropout differs between model copies and agrees within one.
+        torch.manual_seed(config.seed + self.data_parallel_rank)
+        with compat.quiet():
+            module = build_model(config, self.model, deepspeed, values)
+            optimizer = build_optimizer(config, module)
+            self.deepspeed, _, _, _ = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=values, dist_init_required=False
+            )
+        self._partitions = open_partitions(
+            self.deepspeed,
+            stage,
+            has_moments=config.optimizer.name == "adamw",
+            num_shares=self.layout.data,
+            share=self.data_parallel_rank,
+        )
+        self._shards = Shards(self.deepspeed.module, self._tensor_rank, self.layout.tensor)
+        if config.parent is None:
+            self._fill(RandomWeights(self.model.config, config.seed, self._shards.shapes))
+
+    def _fill(self, source: Source, *, moments: bool = False) -> None:
+        """Set the fp32 parameters, and the moments, and take them over into the model. Collective."""
+        kinds = (WEIGHT, *MOMENTS) if moments else (WEIGHT,)
+        with torch.no_grad():
+            for fragment in self._partitions.fragments(moments=moments, write=True):
+                for kind in kinds:
+                    self._shards.fill(fragment, source, kind)
+            self._partitions.weights_changed()
+
+    def train_step(self, batch: Batch, learning_rate: float) -> StepResult:
+        """See :meth:`Engine.train_step`."""
+        set_learning_rate(self.deepspeed.optimizer, learning_rate)
+        sums, counts = self._forward_backward(batch)
+        norm, updated = self._update()
+        return StepResult(sums, counts, norm, skipped=not updated)
+
+    def dry_run(self, batch: Batch) -> None:
+        """See :meth:`Engine.dry_run`."""
+        state = self.rng_state()
+        # A gradient that is not finite is dropped by the one path that knows where stage and offload have put it.
+        self._forward_backward(batch, factor=math.nan)
+        _, updated = self._update()
+        assert not updated, "DeepSpeed took a step on a gradient that is not a number"
+        self.set_rng_state(state)
+
+    def _forward_backward(self, batch: Batch, factor: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+        """Loss sums and token counts per domain over all ranks; gradients are reduced where the stage wants them."""
+        counts = sum_by_domain(tokens_per_window(batch), batch.domains, self._num_domains, reports=self._reports)
+        # DeepSpeed averages over the data-parallel ranks, whose share of the tokens may differ.
+        scale = factor * self.layout.data / max(1.0, float(counts.sum()))
+        size = self.config.batch.micro_batch_size
+        starts = range(0, len(batch.tokens), size)
+        losses = []
+        for start in starts:
+            rows = slice(start, start + size)
+            windows = self._window_losses(
+                batch.tokens[rows], None if batch.loss_mask is None else batch.loss_mask[rows]
+            )
+            losses.append(windows.detach().double())
+            self.deepspeed.set_gradient_accumulation_boundary(start == starts[-1])
+            self.deepspeed.backward(windows.sum() * scale, scale_wrt_gas=False)
+        windows = torch.cat(losses).cpu().numpy()
+        sums = sum_by_domain(windows, batch.domains, self._num_domains, reports=self._reports)
+        return sums, counts.astype(np.int64)
+
+    def _window_losses(self, tokens: np.ndarray, mask: np.ndarray | None) -> Tensor:
+        """Sums of token losses per window. Args: tokens [B, S + 1], mask [B, S] or None. Returns: fp32 [B]."""
+        windows = torch.from_numpy(tokens).to(self._device)
+        logits = self.deepspeed(input_ids=windows[:, :-1].contiguous(), use_cache=False).logits
+        losses = cross_entropy(logits.float().transpose(1, 2), windows[:, 1:], reduction="none")
+        if mask is not None:
+            losses = losses * torch.from_numpy(mask).to(self._device)
+        return losses.sum(dim=1)
+
+    def _update(self) -> tuple[float, bool]:
+        """Apply the reduced gradients. Returns their norm before clipping, and whether they were. Collective."""
+        if self.config.deepspeed.zero_stage == 0:
+            norm = compat.norm_of_gradients(self.deepspeed)
+            if not math.isfinite(norm):
+                self.deepspeed.zero_grad()
+                return norm, False
+            self.deepspeed.step()
+            return norm, True
+        self.deepspeed.step()
+        norm = float(self.deepspeed.get_global_grad_norm())
+        return norm, self.deepspeed.was_step_applied()
+
+    def evaluate(self, tokens: np.ndarray, micro_batch_size: int) -> np.ndarray:
+        """See :meth:`Engine.evaluate`."""
+        spans = evaluation_spans(len(tokens), micro_batch_size, self.data_parallel_rank, self.layout.data)
+        # Under stage 3 every pass gathers parameters, so all ranks make the same number of them; every pass has the
+        # same shape. The repeated windows are dropped.
+        passes = -(-len(tokens) // (micro_batch_size * self.layout.data))
+        sums = np.zeros(len(tokens))
+        self.deepspeed.eval()
+        with torch.no_grad():
+            for index in range(passes):
+                span = spans[index] if index < len(spans) else np.arange(min(micro_batch_size, len(tokens)))
+                windows = self._window_losses(tokens[np.resize(span, micro_batch_size)], None)
+                if index < len(spans) and self._reports:
+                    sums[span] = windows[: len(span)].double().cpu().numpy()
+        self.deepspeed.train()
+        return sum_array(sums)
+
+    def next_token_logits(self, tokens: np.ndarray) -> np.ndarray:
+        """See :meth:`Engine.next_token_logits`."""
+        inputs = torch.from_numpy(tokens[None]).to(self._device)
+        self.deepspeed.eval()
+        with torch.no_grad():
+            logits = self.deepspeed(input_ids=inputs, use_cache=False).logits[0, -1].float()
+        self.deepspeed.train()
+        if self.rank:
+            logits = torch.zeros_like(logits)
+        return ranks.sum_over_ranks(logits)[: self.model.vocab_size].cpu().numpy()
+
+    def save(self, folder: Path, *, optimizer: bool = True) -> None:
+        """See :meth:`Engine.save`."""
+        save(folder, self._partitions, self._shards, self.model.to_dict(), self.rank, optimizer=optimizer)
+
+    def load(self, folder: Path, *, optimizer: bool = True) -> None:
+        """See :meth:`Engine.load`."""
+        found: list[Checkpoint] = []
+
+        def open_checkpoint() -> None:
+            found.append(Checkpoint(folder))
+            found[0].check(self._shards.shapes)
+            if optimizer and (not found[0].has_optimizer or self._partitions.has_moments > found[0].has_moments):
+                raise UserError(
+                    f"the checkpoint {folder} was saved without the optimizer's state",
+                    fix="set optimizer_state=reset, or name a checkpoint that has it",
+                )
+
+        together(open_checkpoint)
+        self._fill(found[0], moments=optimizer and self._partitions.has_moments)
+        if optimizer:
+            self._partitions.set_steps(found[0].steps)
+        found[0].load_buffers(self.deepspeed.module)
+
+    def import_huggingface(self, folder: Path) -> None:
+        """See :meth:`Engine.import_huggingface`."""
+        found: list[Source] = []
+        trust = self.config.deepspeed.trust_remote_code
+        together(lambda: found.append(open_huggingface(folder, self._shards.shapes, trust_remote_code=trust)))
+        self._fill(found[0])
+
+    def export_huggingface(
+        self,
+        folder: Path,
+        *,
+        tokenizer: Path | None,
+        lineage: Path | None = None,
+        dtype: str = "float32",
+        replace: bool = False,
+    ) -> None:
+        """See :meth:`Engine.export_huggingface`."""
+        files = export.Companions(tokenizer, lineage)
+        export.export_model(
+            self.deepspeed.module, self._shards, self.model, folder, dtype, files=files, replace=replace
+        )
+
+    def rng_state(self) -> Any:
+        """See :meth:`Engine.rng_state`."""
+        return device.rng_state()
+
+    def set_rng_state(self, state: Any) -> None:
+        """See :meth:`Engine.set_rng_state`."""
+        device.set_rng_state(state)
+
+    def parameter_count(self) -> int:
+        """See :meth:`Engine.parameter_count`."""
+        return sum(math.prod(shape) for shape in self._shards.shapes.values())
+
+    def release(self) -> None:
+        """Free the model and what DeepSpeed keeps beside it, and stay in the process group."""
+        self.deepspeed.destroy()
+        compat.forget_groups()
+
+    def close(self) -> None:
+        """See :meth:`Engine.close`."""
+        self.release()
+        compat.leave_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()

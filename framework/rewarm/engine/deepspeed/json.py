@@ -1,0 +1,187 @@
+"""The DeepSpeed configuration that a run stands for. A pure function of the run's settings: no torch, no DeepSpeed.
+
+Every key whose default in DeepSpeed changes what is trained is written out, so that another version's default cannot
+change it silently (``gradient_clipping``, for one, is 1.0 when it is left out of DeepSpeed 0.19).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rewarm.config.deepspeed import DeepSpeedConfig
+from rewarm.config.run import RunConfig
+from rewarm.errors import UserError
+
+_OURS = {
+    "optimizer": "the optimizer section of the run",
+    "scheduler": "the schedule section of the run",
+}
+"""Keys of DeepSpeed that have no place in the file, and what stands for them."""
+
+
+def deepspeed_json(config: RunConfig, data_parallel_size: int) -> dict[str, Any]:
+    """The configuration given to ``deepspeed.initialize``, with the user's file merged in.
+
+    Args:
+        config: the resolved configuration.
+        data_parallel_size: model copies that share a global batch.
+
+    Raises:
+        UserError: if the user's file cannot be read or contradicts a generated value.
+    """
+    batch, settings = config.batch, config.deepspeed
+    half = config.precision == "bfloat16"
+    values: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": batch.micro_batch_size,
+        "gradient_accumulation_steps": batch.global_batch_size // (batch.micro_batch_size * data_parallel_size),
+        "managed_gradient_accumulation": True,
+        "gradient_clipping": config.optimizer.gradient_clipping,
+        "gradient_allreduce_op": "mean",
+        "prescale_gradients": False,
+        "gradient_predivide_factor": 1.0,
+        "communication_data_type": "fp32",
+        "seq_parallel_communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "fp16": {"enabled": False},
+        "bf16": {
+            "enabled": half,
+            "immediate_grad_update": False,
+            "check_grad_overflow": half,
+            "bf16_master_weights_and_grads": False,
+            "bf16_optimizer_states": False,
+        },
+        "torch_autocast": {"enabled": False},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": _zero(settings),
+        "wall_clock_breakdown": False,
+    }
+    if config.parallel.tensor == 1:
+        # DeepSpeed would multiply it by the tensor ranks, and check that.
+        values["train_batch_size"] = batch.global_batch_size
+    else:
+        values["tensor_parallel"] = {
+            "autotp_size": config.parallel.tensor,
+            "tp_overlap_comm": False,
+            # The whole row of logits is needed for the token losses.
+            "vocab_parallel_lm_head": False,
+        }
+    if settings.json_file is not None:
+        values = merge(values, read_user_file(settings.json_file), settings.json_file)
+    return values
+
+
+def show_json(config: RunConfig) -> str:
+    """The generated file, for looking at it before any rank exists; ``parallel.data=auto`` counts as one.
+
+    Raises:
+        UserError: if the run does not use DeepSpeed.
+    """
+    if config.engine != "deepspeed":
+        raise UserError(f"engine={config.engine} has no DeepSpeed configuration", fix="set engine=deepspeed")
+    data = 1 if config.parallel.data == "auto" else config.parallel.data
+    return json.dumps(deepspeed_json(config, data), indent=2) + "\n"
+
+
+def _zero(settings: DeepSpeedConfig) -> dict[str, Any]:
+    stage = settings.zero_stage
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "contiguous_gradients": True,
+        "reduce_scatter": True,
+        "reduce_bucket_size": settings.bucket_size,
+        "allgather_partitions": True,
+        "allgather_bucket_size": settings.bucket_size,
+        "overlap_comm": stage == 3,
+        "round_robin_gradients": False,
+        "ignore_unused_parameters": True,
+        "load_from_fp32_weights": True,
+        "elastic_checkpoint": False,
+        "zenflow": None,
+        "zero_quantized_weights": False,
+        "zero_quantized_nontrainable_weights": False,
+        "zero_quantized_gradients": False,
+        "zero_hpz_partition_size": 1,
+    }
+    if stage in (1, 2):
+        zero["compute_grad_norm"] = True
+    if stage == 3:
+        zero |= {
+            "sub_group_size": settings.sub_group_size,
+            "stage3_param_persistence_threshold": settings.persistence_threshold,
+            "stage3_prefetch_bucket_size": settings.bucket_size // 4,
+            "stage3_max_live_parameters": 1_000_000_000,
+            "stage3_max_reuse_distance": 1_000_000_000,
+        }
+    if settings.offload_optimizer != "none":
+        zero["offload_optimizer"] = _offload(settings.offload_optimizer, settings.nvme_path) | {
+            "ratio": settings.offload_ratio,
+            "super_offload": False,
+            "fast_init": False,
+        }
+    if settings.offload_parameters != "none":
+        zero["offload_param"] = _offload(settings.offload_parameters, settings.nvme_path)
+    return zero
+
+
+def _offload(device: str, nvme_path: str | None) -> dict[str, Any]:
+    values: dict[str, Any] = {"device": device, "pin_memory": True}
+    return values | {"nvme_path": nvme_path} if device == "nvme" else values
+
+
+def read_user_file(path: str) -> dict[str, Any]:
+    """The user's DeepSpeed JSON.
+
+    Raises:
+        UserError: if it cannot be read or is not a JSON object.
+    """
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"deepspeed.json_file={path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"deepspeed.json_file={path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"deepspeed.json_file={path} holds {type(values).__name__}, not an object")
+    for key, ours in _OURS.items():
+        if key in values:
+            raise UserError(
+                f"deepspeed.json_file={path} sets {key}, which would be ignored: {ours} decides it",
+                fix=f"remove {key} from the file",
+            )
+    return values
+
+
+def merge(values: dict[str, Any], user: dict[str, Any], source: str, prefix: str = "") -> dict[str, Any]:
+    """The generated values with those of the user added.
+
+    Args:
+        values: generated.
+        user: the user's; ``"auto"`` stands for whatever is generated.
+        source: the user's file, for messages.
+        prefix: of the keys, when nested.
+
+    Raises:
+        UserError: at the first key that both set to different values.
+    """
+    merged = dict(values)
+    for key, value in user.items():
+        name = f"{prefix}{key}"
+        if key not in values:
+            if value == "auto":
+                raise UserError(
+                    f'deepspeed.json_file={source} leaves {name} to "auto", but nothing here stands for it',
+                    fix=f"give {name} a value or remove it",
+                )
+            merged[key] = value
+        elif isinstance(value, dict) and isinstance(values[key], dict):
+            merged[key] = merge(values[key], value, source, f"{name}.")
+        elif value not in ("auto", values[key]):
+            raise UserError(
+                f"deepspeed.json_file={source} has {name}={json.dumps(value)}, but the run's settings give "
+                f"{json.dumps(values[key])}",
+                fix="change one of the two, or remove the key from the file",
+            )
+    return merged

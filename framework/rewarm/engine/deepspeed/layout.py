@@ -1,0 +1,53 @@
+"""What DeepSpeed demands of the model and of the machine. No torch: it is also checked before the ranks are started."""
+
+from __future__ import annotations
+
+from rewarm.config.run import RunConfig
+from rewarm.engine.deepspeed.extensions import check_compiler
+from rewarm.engine.deepspeed.json import read_user_file
+from rewarm.errors import UserError
+from rewarm.model.description import HuggingFaceModel
+
+
+def check_model(config: RunConfig, model: HuggingFaceModel) -> None:
+    """Refuse what could only fail later, on every rank at once.
+
+    Raises:
+        UserError: naming the setting and the value of the model that do not fit.
+    """
+    longest = model.max_position_embeddings
+    if longest is not None and config.batch.sequence_length > longest:
+        raise UserError(
+            f"batch.sequence_length={config.batch.sequence_length} is above the model's "
+            f"max_position_embeddings={longest}",
+            fix=f"set batch.sequence_length to at most {longest}",
+        )
+    if model.code_folder is None and config.deepspeed.trust_remote_code:
+        raise UserError(
+            "deepspeed.trust_remote_code=true, but the model brings no code of its own",
+            fix="remove deepspeed.trust_remote_code",
+        )
+    if config.parallel.tensor > 1:
+        _check_tensor_parallel(config.parallel.tensor, model)
+    if config.deepspeed.json_file is not None:
+        read_user_file(config.deepspeed.json_file)
+    check_compiler(config.deepspeed)
+
+
+def _check_tensor_parallel(tensor: int, model: HuggingFaceModel) -> None:
+    from transformers import CONFIG_MAPPING
+
+    known = model.model_type in CONFIG_MAPPING
+    if not known or not getattr(CONFIG_MAPPING[model.model_type], "base_model_tp_plan", None):
+        raise UserError(
+            f"parallel.tensor={tensor} is not possible for this model: transformers has no tensor-parallel plan for "
+            f"{model.model_type} models, and DeepSpeed would have to guess one from the names of the layers",
+            fix="set parallel.tensor=1 and share memory with deepspeed.zero_stage",
+        )
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        value = model.config.get(name)
+        if isinstance(value, int) and value % tensor:
+            raise UserError(
+                f"parallel.tensor={tensor} does not divide the model's {name}={value}",
+                fix=f"set parallel.tensor to a divisor of {value}",
+            )

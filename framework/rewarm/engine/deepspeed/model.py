@@ -1,0 +1,133 @@
+"""Building the model that transformers describes, without its weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rewarm.config.deepspeed import DeepSpeedConfig
+from rewarm.config.run import RunConfig
+from rewarm.engine import device
+from rewarm.errors import UserError
+from rewarm.model.description import HuggingFaceModel
+
+
+def load_config(model: HuggingFaceModel, settings: DeepSpeedConfig) -> Any:
+    """transformers' configuration object of a model.
+
+    Raises:
+        UserError: if transformers does not know the model, or knows it only by code that is not trusted.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    values = {key: value for key, value in model.config.items() if key not in ("transformers_version",)}
+    if model.model_type in CONFIG_MAPPING and not (settings.trust_remote_code and model.code_folder):
+        values.pop("auto_map", None)
+        try:
+            return CONFIG_MAPPING[model.model_type].from_dict(values)
+        except (TypeError, ValueError, KeyError) as error:
+            raise UserError(f"transformers cannot read this {model.model_type} config.json: {error}") from error
+    if model.code_folder is None:
+        raise UserError(
+            f"transformers {_version()} knows no model_type {model.model_type!r}",
+            fix="install a newer transformers, or name another model",
+        )
+    if not settings.trust_remote_code:
+        raise UserError(
+            f"the {model.model_type!r} model in {model.code_folder} brings Python files of its own, which are not run "
+            "unless asked for",
+            fix="read them, then set deepspeed.trust_remote_code=true",
+        )
+    if not Path(model.code_folder).is_dir():
+        raise UserError(
+            f"the Python files of the {model.model_type!r} model were in {model.code_folder}, which is gone",
+            fix="put the folder back",
+        )
+    return AutoConfig.from_pretrained(model.code_folder, trust_remote_code=True, local_files_only=True)
+
+
+def _version() -> str:
+    import transformers
+
+    return str(transformers.__version__)
+
+
+def build_model(config: RunConfig, model: HuggingFaceModel, deepspeed: Any, values: dict[str, Any]) -> nn.Module:
+    """The model in the run's precision with undefined weights; under stage 3 cut over the ranks already.
+
+    Args:
+        config: the resolved configuration.
+        model: what to build.
+        deepspeed: the module.
+        values: the DeepSpeed configuration.
+
+    Raises:
+        UserError: if transformers cannot build it.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    settings = config.deepspeed
+    options: dict[str, Any] = {"dtype": getattr(torch, config.precision)}
+    if settings.attention != "auto":
+        options["attn_implementation"] = settings.attention
+    with ExitStack() as stack:
+        stack.enter_context(quiet_transformers())
+        stack.enter_context(no_init_weights())
+        try:
+            built = AutoModelForCausalLM.from_config(
+                load_config(model, settings), trust_remote_code=settings.trust_remote_code, **options
+            )
+        except (ValueError, ImportError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"transformers cannot build this {model.model_type} model: {reason}") from error
+    built.tie_weights()  # which belongs to the initialisation that was left out
+    built.config.use_cache = False
+    if config.activation_recomputation == "full":
+        if not getattr(built, "supports_gradient_checkpointing", False):
+            raise UserError(
+                f"activation_recomputation=full is not possible: transformers has no gradient checkpointing for "
+                f"{model.model_type} models",
+                fix="set activation_recomputation=none",
+            )
+        with quiet_transformers():  # version 5 has another name for it and says so
+            built.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if settings.zero_stage == 3 and config.parallel.tensor == 1:
+        _cut(built, deepspeed, values)
+    return built.train()
+
+
+def _cut(module: nn.Module, deepspeed: Any, values: dict[str, Any]) -> None:
+    """Cut the parameters over the ranks, one at a time, before a device would have to hold them all.
+
+    Building the model inside ``zero.Init`` would round its rotary frequencies to bfloat16. Built first, its parameters
+    are memory that nothing has touched yet. The type is left out on purpose: what is passed for it is ignored.
+    """
+    deepspeed.zero.Init(module=module, config_dict_or_path=values)
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            part._buffers[name] = buffer.to(device.local_device())
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Errors only, no progress bars, while transformers works; the user's settings come back afterwards."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

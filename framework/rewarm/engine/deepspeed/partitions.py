@@ -1,0 +1,228 @@
+"""Where a rank keeps its part of the fp32 parameters and moments, the same view of it for every ZeRO stage.
+
+A fragment is a contiguous range of one parameter, flattened in row-major order: of the tensor rank's shard where
+AutoTP cut the parameter, else of the parameter itself. Over the data-parallel ranks the fragments that
+:meth:`Partitions.spans` lists cover every parameter once.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+WEIGHT = "weight"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """A rank's range of one parameter; the tensors are views, and writing into them changes the state."""
+
+    name: str
+    start: int
+    tensors: dict[str, Tensor]
+    """fp32 [length] each: ``weight``, and the moments where they were asked for."""
+
+
+class Partitions(ABC):
+    """This rank's part of the optimizer's state.
+
+    Args:
+        engine: what ``deepspeed.initialize`` returned.
+        has_moments: True under Adam.
+        num_shares: data-parallel ranks.
+        share: which of them this is.
+    """
+
+    def __init__(self, engine: Any, *, has_moments: bool, num_shares: int, share: int) -> None:
+        self.module: nn.Module = engine.module
+        self.wrapper = engine.optimizer
+        self.inner = getattr(self.wrapper, "optimizer", self.wrapper)
+        self.has_moments = has_moments
+        self.num_shares, self.share = num_shares, share
+        self.names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+
+    @abstractmethod
+    def spans(self) -> dict[str, tuple[int, int]]:
+        """Start and length of the fragment that this rank answers for, by parameter name; nothing is moved."""
+
+    @abstractmethod
+    def fragments(self, *, moments: bool, write: bool) -> Iterator[Fragment]:
+        """This rank's fragments one after the other, brought in from offload for as long as each is looked at.
+
+        Args:
+            moments: also give the moments, made of zeros where there are none yet.
+            write: they will be changed. What more than one rank holds is then given to each of them whole.
+        """
+
+    @abstractmethod
+    def weights_changed(self) -> None:
+        """Take the fp32 parameters over into the model. Collective."""
+
+    @property
+    @abstractmethod
+    def _flats(self) -> list[Tensor]:
+        """The tensors that the inner optimizer holds its state for."""
+
+    def steps(self) -> int:
+        """Updates that the moments stand for."""
+        for flat in self._flats:
+            step = self.inner.state.get(flat, {}).get("step")
+            if step is not None:
+                return int(step)
+        return 0
+
+    def set_steps(self, steps: int) -> None:
+        """Set what :meth:`steps` returns, on every rank alike."""
+        if not self.has_moments:
+            return
+        for flat in self._flats:
+            self._state(flat)["step"] = steps if self._counts_in_integers else torch.tensor(float(steps))
+
+    @property
+    def _counts_in_integers(self) -> bool:
+        """DeepSpeed's CPU Adam counts in Python, torch in a tensor."""
+        return not isinstance(self.inner, torch.optim.AdamW)
+
+    def _state(self, flat: Tensor) -> dict[str, Any]:
+        state = self.inner.state[flat]
+        for key in MOMENTS:
+            if key not in state:
+                state[key] = torch.zeros_like(flat)
+        if "step" not in state:
+            state["step"] = 0 if self._counts_in_integers else torch.tensor(0.0)
+        return state
+
+    def _views(self, flat: Tensor, start: int, length: int, moments: bool) -> dict[str, Tensor]:
+        views = {WEIGHT: flat.detach().narrow(0, start, length)}
+        if moments and self.has_moments:
+            state = self._state(flat)
+            views |= {key: state[key].narrow(0, start, length) for key in MOMENTS}
+        return views
+
+
+class Replicated(Partitions):
+    """Stage 0: every data-parallel rank holds everything."""
+
+    @property
+    def _flats(self) -> list[Tensor]:
+        return list(self.module.parameters())
+
+    def spans(self) -> dict[str, tuple[int, int]]:
+        """See :meth:`Partitions.spans`: an even share of each parameter."""
+        bounds = {name: p.numel() for name, p in self.module.named_parameters()}
+        found = {}
+        for name, size in bounds.items():
+            start, stop = (size * share // self.num_shares for share in (self.share, self.share + 1))
+            if stop > start:
+                found[name] = (start, stop - start)
+        return found
+
+    def fragments(self, *, moments: bool, write: bool) -> Iterator[Fragment]:
+        """See :meth:`Partitions.fragments`."""
+        spans = self.spans()
+        for name, parameter in self.module.named_parameters():
+            start, length = (0, parameter.numel()) if write else spans.get(name, (0, 0))
+            if not length:
+                continue
+            whole = {WEIGHT: parameter.detach().view(-1)}
+            if moments and self.has_moments:
+                state = self._state(parameter)
+                whole |= {key: state[key].view(-1) for key in MOMENTS}
+            yield Fragment(name, start, {key: value.narrow(0, start, length) for key, value in whole.items()})
+
+    def weights_changed(self) -> None:
+        """See :meth:`Partitions.weights_changed`: the fp32 parameters are the model's."""
+
+
+class Flat(Partitions):
+    """Stages 1 and 2: each parameter group is one flat tensor, of which a rank holds one piece."""
+
+    @property
+    def _flats(self) -> list[Tensor]:
+        found = getattr(self.wrapper, "single_partition_of_fp32_groups", None)
+        return list(self.wrapper.fp32_groups_flat_partition if found is None else found)
+
+    def _owned(self) -> Iterator[tuple[str, Any]]:
+        for name, parameter in self.module.named_parameters():
+            mapping = getattr(parameter, "_hp_mapping", None)
+            if mapping is not None:
+                yield name, mapping
+
+    def spans(self) -> dict[str, tuple[int, int]]:
+        """See :meth:`Partitions.spans`."""
+        return {name: (m.lp_fragment_address.start, m.lp_fragment_address.numel) for name, m in self._owned()}
+
+    def fragments(self, *, moments: bool, write: bool) -> Iterator[Fragment]:
+        """See :meth:`Partitions.fragments`."""
+        flats = self._flats
+        for name, mapping in self._owned():
+            place = mapping.hp_fragment_address
+            views = self._views(flats[mapping.param_group_index], place.start, place.numel, moments)
+            yield Fragment(name, mapping.lp_fragment_address.start, views)
+
+    def weights_changed(self) -> None:
+        """See :meth:`Partitions.weights_changed`."""
+        self.wrapper.update_lp_params()
+
+
+class Sharded(Partitions):
+    """Stage 3: each parameter is cut by itself; sub-groups of them are updated, and moved, together."""
+
+    @property
+    def _flats(self) -> list[Tensor]:
+        return list(self.wrapper.fp32_partitioned_groups_flat)
+
+    def _span(self, parameter: Any) -> tuple[int, int]:
+        share = parameter.partition_numel()
+        start = share * self.wrapper._get_param_partition_rank(parameter)
+        return start, max(0, min(share, parameter.ds_numel - start))
+
+    def spans(self) -> dict[str, tuple[int, int]]:
+        """See :meth:`Partitions.spans`."""
+        spans = {name: self._span(parameter) for name, parameter in self.module.named_parameters()}
+        return {name: span for name, span in spans.items() if span[1]}
+
+    def fragments(self, *, moments: bool, write: bool) -> Iterator[Fragment]:
+        """See :meth:`Partitions.fragments`."""
+        wrapper = self.wrapper
+        for index, group in enumerate(wrapper.fp16_groups):
+            swapped = wrapper._swappable_optimizer_subgroup(index)
+            if swapped:
+                wrapper._optimizer_states_and_gradient_swap_in(index)
+            for parameter in group:
+                start, length = self._span(parameter)
+                if not length:
+                    continue
+                _, offset, _ = wrapper.grad_position[wrapper.get_param_id(parameter)]
+                flat = wrapper.fp32_partitioned_groups_flat[index]
+                yield Fragment(self.names[id(parameter)], start, self._views(flat, offset, length, moments))
+            if swapped and write:
+                wrapper._optimizer_states_and_gradient_swap_out(index)
+            elif swapped:
+                wrapper._release_swap_buffers(index)
+
+    def weights_changed(self) -> None:
+        """See :meth:`Partitions.weights_changed`."""
+        wrapper = self.wrapper
+        wrapper._partition_all_parameters()
+        for index in range(len(wrapper.fp16_groups)):
+            swapped = wrapper._swappable_optimizer_subgroup(index)
+            if swapped:
+                wrapper._optimizer_states_and_gradient_swap_in(index)
+            wrapper._reassign_or_swap_out_partitioned_parameters(index)
+            if swapped:
+                wrapper._release_swap_buffers(index)
+        if wrapper.persistent_parameters:
+            wrapper.persistent_parameters[0].all_gather(wrapper.persistent_parameters)
+
+
+def open_partitions(engine: Any, stage: int, *, has_moments: bool, num_shares: int, share: int) -> Partitions:
+    """The view that fits a ZeRO stage."""
+    kinds: dict[int, Callable[..., Partitions]] = {0: Replicated, 1: Flat, 2: Flat, 3: Sharded}
+    return kinds[stage](engine, has_moments=has_moments, num_shares=num_shares, share=share)

@@ -1,0 +1,116 @@
+"""A run of one engine as a run of the other."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rewarm.checkpoint import store
+from rewarm.checkpoint.distributed import read_state, save_checkpoint
+from rewarm.config.load import build, dump
+from rewarm.config.run import RunConfig
+from rewarm.engine.base import Engine
+from rewarm.errors import UserError
+from rewarm.launch.environment import find_ranks
+from rewarm.model.description import describe
+from rewarm.replay.lineage import Lineage
+from rewarm.train.open import OpenModel, open_model
+from rewarm.train.parent import TOKENIZER
+from rewarm.train.state import MODEL, RANDOM
+
+_OF_AN_ENGINE = ("parallel", "megatron", "deepspeed", "distributed")
+_KEPT = ("lineage.json", "mixture.jsonl", "metrics.jsonl", "evaluation.jsonl")
+
+
+def convert_run(run: Path, engine: str, output: Path) -> Path:
+    """Write a run folder with one checkpoint, at the same step.
+
+    The weights go through a Hugging Face folder, which both engines read and write; in a bfloat16 run it is written
+    in float32, as far as the source engine keeps more than bfloat16.
+
+    Args:
+        run: a run folder or a checkpoint of one.
+        engine: of the new run.
+        output: its folder.
+
+    Returns:
+        The new checkpoint.
+
+    Raises:
+        UserError: if there is nothing to convert, the output is taken, or the other engine does not know the model.
+    """
+    model = open_model(run)
+    _check(model, engine, output)
+    with tempfile.TemporaryDirectory(prefix="rewarm-convert-", dir=output.resolve().parent) as scratch:
+        weights = Path(scratch) / "huggingface"
+        source = model.engine()
+        source.export_huggingface(weights, tokenizer=None, dtype="float32")
+        source.close()
+        config = _settings(model, engine, output)
+        description = describe(weights, engine)
+        from rewarm.engine.build import build_engine
+
+        target = build_engine(config.model_copy(update={"parent": str(weights), "model": None}), description, [])
+        try:
+            target.import_huggingface(weights)
+            state = {**read_state(model.checkpoint), "architecture": description.to_dict(), "engine": engine}
+            state["layout"] = None  # random state belongs to an engine's ranks; none is carried over
+            checkpoint = _save(model, target, state, output)
+        finally:
+            target.close()
+    _write_run_files(model, config, output)
+    return checkpoint
+
+
+def _check(model: OpenModel, engine: str, output: Path) -> None:
+    if find_ranks().world_size > 1:
+        raise UserError("rewarm convert runs in one process", fix="call it without torchrun or srun")
+    if model.config.engine == engine:
+        raise UserError(f"{model.folder} has engine={engine} already", fix="train it as it is")
+    if output.exists():
+        raise UserError(f"{output} exists already", fix="choose another --output or remove it")
+    if not (model.folder / "config.yaml").is_file():
+        raise UserError(
+            f"{model.folder} is an imported model and not a run",
+            fix=f"import it again: rewarm import FOLDER --output {output} engine={engine}",
+        )
+
+
+def _settings(model: OpenModel, engine: str, output: Path) -> RunConfig:
+    values: dict[str, Any] = dict(yaml.safe_load((model.folder / "config.yaml").read_text()))
+    for section in _OF_AN_ENGINE:
+        values.pop(section, None)
+    place = {"name": output.resolve().name, "runs_folder": str(output.resolve().parent), "engine": engine}
+    return build(values | place, source=str(model.folder / "config.yaml"))
+
+
+def _save(model: OpenModel, target: Engine, state: dict[str, Any], output: Path) -> Path:
+    def prepare(folder: Path) -> None:
+        (folder / MODEL).mkdir()
+        (folder / RANDOM).mkdir()
+        Lineage.load(model.checkpoint).save(folder)
+
+    def write(folder: Path) -> None:
+        target.save(folder / MODEL, optimizer=True)
+
+    (output / "checkpoints").mkdir(parents=True)
+    step = store.step_of(model.checkpoint)
+    assert step is not None, f"{model.checkpoint} is not named after a step"
+    return save_checkpoint(target, output / "checkpoints", step, prepare, write, state, keep=1)
+
+
+def _write_run_files(model: OpenModel, config: RunConfig, output: Path) -> None:
+    (output / "logs").mkdir(exist_ok=True)
+    for name in _KEPT:
+        if (model.folder / name).is_file():
+            shutil.copyfile(model.folder / name, output / name)
+    if model.tokenizer is not None:
+        shutil.copytree(model.tokenizer, output / TOKENIZER, dirs_exist_ok=True)
+    (output / "config.yaml").write_text(dump(config))
+    converted = {"from": str(model.checkpoint), "engine": model.config.engine}
+    (output / "converted.json").write_text(json.dumps(converted, indent=1) + "\n")

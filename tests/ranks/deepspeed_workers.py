@@ -1,0 +1,158 @@
+"""What the ranks of the deepspeed engine run; several configurations in one start, which is what takes time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ranks.deepspeed_models import LEARNING_RATE, deepspeed_config, masked_batch
+from ranks.tiny import DOMAINS, global_batch
+from rewarm.engine.base import Batch, StepResult
+from rewarm.engine.deepspeed.engine import DeepSpeedEngine
+from rewarm.model.description import HuggingFaceModel
+
+
+@contextmanager
+def opened(folder: Path, settings: dict[str, Any], *, fill: bool = True) -> Iterator[DeepSpeedEngine]:
+    """An engine that goes when the block ends and leaves the process group for the next one."""
+    engine = DeepSpeedEngine(deepspeed_config(folder, **settings), HuggingFaceModel.from_folder(folder), DOMAINS)
+    if fill:
+        engine.import_huggingface(folder)
+    yield engine
+    engine.release()
+
+
+def share(engine: DeepSpeedEngine, whole: Batch) -> Batch:
+    """This data-parallel rank's part of a global batch."""
+    mine = slice(engine.data_parallel_rank, None, engine.data_parallel_size)
+    mask = None if whole.loss_mask is None else whole.loss_mask[mine].copy()
+    return Batch(whole.tokens[mine].copy(), whole.domains[mine], mask)
+
+
+def steps(engine: DeepSpeedEngine, first: int, count: int, *, masked: bool = False) -> list[StepResult]:
+    """Train on the batches of some steps."""
+    batch = masked_batch if masked else global_batch
+    return [engine.train_step(share(engine, batch(step)), LEARNING_RATE) for step in range(first, first + count)]
+
+
+def train(folder: Path, cases: Sequence[dict[str, Any]], count: int, masked: bool = False) -> list[list[StepResult]]:
+    """Train each configuration from the folder's weights."""
+    results = []
+    for settings in cases:
+        with opened(folder, settings) as engine:
+            results.append(steps(engine, 0, count, masked=masked))
+    return results
+
+
+def weights(engine: DeepSpeedEngine, scratch: Path) -> dict[str, np.ndarray]:
+    """The model through an export, on every rank."""
+    from safetensors.torch import load_file
+
+    engine.export_huggingface(scratch, tokenizer=None, replace=True)
+    engine.barrier()
+    found = {name: tensor.numpy() for name, tensor in load_file(scratch / "model.safetensors").items()}
+    engine.barrier()
+    return found
+
+
+def one_step(folder: Path, cases: Sequence[dict[str, Any]], scratch: Path) -> list[dict[str, np.ndarray]]:
+    """The weights after one step of each configuration, at a learning rate of 1."""
+    found = []
+    for settings in cases:
+        with opened(folder, settings) as engine:
+            engine.train_step(share(engine, global_batch(0)), 1.0)
+            found.append(weights(engine, scratch))
+    return found
+
+
+def save_all(folder: Path, cases: Sequence[dict[str, Any]], target: Path) -> list[list[StepResult]]:
+    """Train each configuration for three steps, save it, and train on for three."""
+    results = []
+    for number, settings in enumerate(cases):
+        with opened(folder, settings) as engine:
+            steps(engine, 0, 3)
+            if engine.is_main:
+                (target / str(number)).mkdir()
+            engine.barrier()
+            engine.save(target / str(number))
+            results.append(steps(engine, 3, 3))
+    return results
+
+
+def load_all(
+    folder: Path, cases: Sequence[dict[str, Any]], saved: Sequence[Sequence[Path]]
+) -> list[list[list[StepResult]]]:
+    """Three more steps from each of some checkpoints, under every configuration."""
+    results = []
+    for settings, checkpoints in zip(cases, saved, strict=True):
+        with opened(folder, settings, fill=False) as engine:
+            found = []
+            for checkpoint in checkpoints:
+                engine.load(checkpoint)
+                found.append(steps(engine, 3, 3))
+            results.append(found)
+    return results
+
+
+def evaluate_all(folder: Path, cases: Sequence[dict[str, Any]], tokens: np.ndarray) -> list[dict[str, Any]]:
+    """Held-out losses, logits and what a dry run and a bad gradient leave behind, for every configuration."""
+    found = []
+    for settings in cases:
+        with opened(folder, settings) as engine:
+            batch = share(engine, global_batch(0))
+            before = engine.evaluate(tokens, 3)
+            random = engine.rng_state()["cpu"].clone()
+            engine.dry_run(batch)
+            skipped = _step_on_a_bad_gradient(engine, batch)
+            found.append(
+                {
+                    "losses": before,
+                    "after": engine.evaluate(tokens, 3),
+                    "random": torch.equal(random, engine.rng_state()["cpu"]),
+                    "skipped": skipped,
+                    "logits": engine.next_token_logits(tokens[0, :7]),
+                    "parameters": engine.parameter_count(),
+                    "first": steps(engine, 0, 1)[0],
+                }
+            )
+    return found
+
+
+def _step_on_a_bad_gradient(engine: DeepSpeedEngine, batch: Batch) -> StepResult:
+    """A step whose gradient is infinite on one rank only."""
+    handle = None
+    if engine.rank == engine.world_size - 1:
+        output = engine.deepspeed.module.get_output_embeddings()
+        handle = output.register_forward_hook(lambda module, given, logits: logits * _Infinite.apply(logits))
+    result = engine.train_step(batch, LEARNING_RATE)
+    if handle is not None:
+        handle.remove()
+    return result
+
+
+class _Infinite(torch.autograd.Function):
+    """Ones whose gradient is infinite."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
+        return torch.ones_like(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(gradients[0], float("inf"))
+
+
+def families(folders: Sequence[Path], settings: dict[str, Any], target: Path) -> list[np.ndarray]:
+    """Import each model, train one step, export it; the logits of the engine."""
+    logits = []
+    for folder in folders:
+        with opened(folder, settings) as engine:
+            steps(engine, 0, 1)
+            engine.export_huggingface(target / folder.name, tokenizer=None)
+            logits.append(engine.next_token_logits(global_batch(9).tokens[0, :11]))
+    return logits
