@@ -26,6 +26,13 @@ def ranks_of(launcher: subprocess.Popen[str]) -> list[int]:
     raise AssertionError("the ranks did not start")
 
 
+def wait_for_lock(workplace: Workplace, process: subprocess.Popen[str]) -> None:
+    """Until rank 0 is past Python's own start and has begun to prepare the run."""
+    while not (workplace.folder / "runs" / "long" / "lock").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+
+
 def read_until(launcher: subprocess.Popen[str], word: str) -> None:
     assert launcher.stdout is not None
     for line in launcher.stdout:
@@ -53,7 +60,7 @@ def test_a_killed_rank_is_named_and_not_what_the_others_say_of_it(workplace: Wor
 def test_a_stop_before_the_first_step_says_so(workplace: Workplace, number: signal.Signals) -> None:
     launcher = workplace.start(*LONG)
     try:
-        ranks_of(launcher)
+        wait_for_lock(workplace, launcher)
         launcher.send_signal(number)
         output, _ = launcher.communicate(timeout=60)
     finally:
@@ -65,9 +72,7 @@ def test_a_stop_before_the_first_step_says_so(workplace: Workplace, number: sign
 def test_an_interrupt_of_one_process_before_the_first_step_says_so(workplace: Workplace) -> None:
     process = workplace.start("train", "base.yaml", "name=long", "duration=100000 steps")
     try:
-        while not (workplace.folder / "runs" / "long" / "lock").exists():
-            assert process.poll() is None
-            time.sleep(0.01)
+        wait_for_lock(workplace, process)
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=60)
     finally:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import json
 import os
 import signal
@@ -78,7 +79,7 @@ def launch_local(arguments: list[str], num_ranks: int, log_folder: Path) -> int:
                     stdout=output,
                     stderr=output,
                     start_new_session=True,
-                    preexec_fn=_prepare_rank,
+                    preexec_fn=functools.partial(_prepare_rank, os.getpid()),
                 )
             )
         ending = _wait(children)
@@ -87,12 +88,14 @@ def launch_local(arguments: list[str], num_ranks: int, log_folder: Path) -> int:
         return ending.status
 
 
-def _prepare_rank() -> None:
+def _prepare_rank(launcher: int) -> None:
     """In a child: be killed when the launcher is, so that no rank is left behind. A session of its own keeps the
     keyboard's SIGINT from arriving twice, from the terminal and forwarded."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != launcher:
+        os._exit(1)  # it was killed before it could be asked for
 
 
 def _wait(children: list[subprocess.Popen[bytes]]) -> _Ending:
