@@ -108,5 +108,5 @@ setup(
         ],
         "tensorboard": ["tensorboard>=2.17"],
     },
-    entry_points={"console_scripts": ["rewarm=rewarm.cli.main:main"]},
+    entry_points={"console_scripts": ["rewarm=rewarm.__main__:main"]},
 )

@@ -61,6 +61,12 @@ def check_message(output: str, *parts: str) -> None:
         assert part in output, output
 
 
+def test_a_hugging_face_folder_has_no_optimizer_state_to_keep(place: Workplace) -> None:
+    place.run("export", "runs/base", "--output", "exported")
+    output = place.run("train", "continue.yaml", "parent=exported", "optimizer_state=keep", expect=2)
+    check_message(output, "optimizer_state=keep", "parent=exported", "Hugging Face folder")
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_are_refused_by_name(place: Workplace, mistake: str) -> None:
     arguments, parts = MISTAKES[mistake]

@@ -68,7 +68,10 @@ def main() -> None:
         _fail(f"rewarm: {error}", status=2, kind="user", debug=debug)
     except NodeFault as error:
         _fail(f"rewarm: {error}", status=3, kind="node", debug=debug, host=error.node)
-    except KeyboardInterrupt:
+    except SystemExit as end:
+        # Typer turns the keyboard's interrupt into a silent exit of its own.
+        if not isinstance(getattr(end.__context__, "__cause__", None), KeyboardInterrupt):
+            raise
         _fail("rewarm: interrupted", status=130, kind="interrupted", debug=False)
     except OSError as error:
         if error.errno not in _OF_THE_DISK:

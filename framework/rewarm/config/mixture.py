@@ -223,7 +223,7 @@ class ReplayConfig(Section):
     domains: dict[str, float] | None = None
     """Which domains of the lineage and in which proportion; null means all, by the tokens each was trained on."""
     paths: dict[str, str] = Field(default_factory=dict)
-    """New place of a lineage domain whose files moved; the content must be the same."""
+    """New place of a lineage domain whose files moved, replayed or only watched; the content must be the same."""
 
     @field_validator("domains")
     @classmethod

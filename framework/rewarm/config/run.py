@@ -144,12 +144,14 @@ def _check_lineage(config: RunConfig) -> None:
             raise ValueError("neither parent nor model is set: name what to continue, or the shape to start from")
         if config.replay.fraction > 0 or config.replay.domains:
             raise ValueError(f"replay.fraction={config.replay.fraction} needs a parent whose domains can be replayed")
+        if config.replay.paths:
+            raise ValueError("replay.paths needs a parent, whose domains have moved")
         if config.optimizer_state == "keep":
             raise ValueError("optimizer_state=keep needs a parent run to keep it from")
     elif config.model is not None:
         raise ValueError(f"model is ignored with parent={config.parent}, which brings its own shape: remove one")
-    if config.replay.fraction == 0 and (config.replay.domains or config.replay.paths):
-        raise ValueError("replay.domains and replay.paths are ignored with replay.fraction=0: set a fraction")
+    if config.replay.fraction == 0 and config.replay.domains:
+        raise ValueError("replay.domains is ignored with replay.fraction=0: set a fraction")
 
 
 def _check_mixture(config: RunConfig) -> None:

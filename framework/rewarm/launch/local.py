@@ -1,13 +1,14 @@
 """Starting the ranks of one machine as child processes. No torch.
 
 Rank 0 has the terminal; the others write to ``<run>/logs``. When one rank fails the others are ended, and the failing
-rank's own message is shown once.
+rank's own message is shown once; for a rank that was killed, and so has none, it is said which one and by what.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import json
 import os
 import signal
@@ -16,12 +17,28 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 ERROR_FOLDER = "REWARM_ERROR_FOLDER"
 """Environment variable: where ranks leave their error messages for the launcher to print."""
 _GRACE_SECONDS = 10.0
+_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ending:
+    """How the ranks ended."""
+
+    status: int
+    """Exit status of the launcher: 0, that of the first rank that failed, or 128 + the signal that killed it."""
+    rank: int = 0
+    """The rank that failed first; a killed one before those that failed because of it."""
+    killed_by: int | None = None
+    """The signal that ended it."""
+    asked_by: int | None = None
+    """The last signal that the launcher was sent, and forwarded."""
 
 
 def launch_local(arguments: list[str], num_ranks: int, log_folder: Path) -> int:
@@ -40,6 +57,8 @@ def launch_local(arguments: list[str], num_ranks: int, log_folder: Path) -> int:
     with tempfile.TemporaryDirectory(prefix="rewarm-") as errors, contextlib.ExitStack() as files:
         children: list[subprocess.Popen[bytes]] = []
         port = _free_port()
+        # A stop that comes while they start waits until there is somebody to forward it to.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
         for rank in range(num_ranks):
             environment = {
                 **os.environ,
@@ -60,40 +79,49 @@ def launch_local(arguments: list[str], num_ranks: int, log_folder: Path) -> int:
                     stdout=output,
                     stderr=output,
                     start_new_session=True,
-                    preexec_fn=_die_with_parent,
+                    preexec_fn=functools.partial(_prepare_rank, os.getpid()),
                 )
             )
-        status = _wait(children)
-        if status:
-            _print_errors(Path(errors), log_folder)
-        return status
+        ending = _wait(children)
+        if ending.status:
+            print(_message(ending, Path(errors), log_folder), file=sys.stderr)
+        return ending.status
 
 
-def _die_with_parent() -> None:
+def _prepare_rank(launcher: int) -> None:
     """In a child: be killed when the launcher is, so that no rank is left behind. A session of its own keeps the
     keyboard's SIGINT from arriving twice, from the terminal and forwarded."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != launcher:
+        os._exit(1)  # it was killed before it could be asked for
 
 
-def _wait(children: list[subprocess.Popen[bytes]]) -> int:
+def _wait(children: list[subprocess.Popen[bytes]]) -> _Ending:
     """Wait for all; forward signals; when one fails give the others a moment, then end them."""
-    forwarded = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+    asked_by: int | None = None
 
     def forward(number: int, frame: FrameType | None) -> None:
+        nonlocal asked_by
+        asked_by = number
         for child in children:
             if child.poll() is None:
                 child.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in forwarded}
+    before = {number: signal.signal(number, forward) for number in _FORWARDED}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
     try:
         while True:
             codes = [child.poll() for child in children]
-            failed = [code for code in codes if code not in (None, 0)]
+            failed = {rank: code for rank, code in enumerate(codes) if code}
             if failed:
-                return failed[0] if failed[0] > 0 else 128 - failed[0]
+                # The others may have failed already because a killed one is gone: it comes first.
+                rank = min(failed, key=lambda rank: (failed[rank] > 0, rank))
+                code = failed[rank]
+                return _Ending(code if code > 0 else 128 - code, rank, -code if code < 0 else None, asked_by)
             if all(code == 0 for code in codes):
-                return 0
+                return _Ending(0)
             time.sleep(0.05)
     finally:
         _end(children)
@@ -114,16 +142,21 @@ def _end(children: list[subprocess.Popen[bytes]]) -> None:
             child.wait()
 
 
-def _print_errors(errors: Path, log_folder: Path) -> None:
-    """Show what the first rank that failed had to say, once."""
+def _message(ending: _Ending, errors: Path, log_folder: Path) -> str:
+    """What the first rank that failed had to say, or what can be said in its place."""
+    again = "the same command goes on from the newest checkpoint, or starts again where there is none"
+    if ending.asked_by is not None and ending.status == 128 + ending.asked_by:
+        return f"rewarm: {signal.Signals(ending.asked_by).name} received: stopped without saving\n  {again}"
+    if ending.killed_by is not None:
+        why = " (often the kernel, for want of memory: see dmesg)" if ending.killed_by == signal.SIGKILL else ""
+        name = signal.Signals(ending.killed_by).name
+        return f"rewarm: rank {ending.rank} was killed by {name}{why}; logs in {log_folder}\n  {again}"
     reports = [json.loads(path.read_text()) for path in sorted(errors.glob("rank-*.json"))]
     if not reports:
-        print(f"rewarm: a rank ended without a message; see {log_folder}", file=sys.stderr)
-        return
+        return f"rewarm: rank {ending.rank} ended with status {ending.status} and no message; see {log_folder}"
     first = min(reports, key=lambda report: report["time"])
-    print(first["text"], file=sys.stderr)
-    if not first["clear"]:
-        print(f"  (rank {first['rank']}; more in {log_folder})", file=sys.stderr)
+    text: str = first["text"]
+    return text if first["clear"] else f"{text}\n  (rank {first['rank']}; more in {log_folder})"
 
 
 def _free_port() -> int:

@@ -65,7 +65,9 @@ def audit(
         raise UserError("the weight log has no entry for sample 0", fix="restore mixture.jsonl")
     if not hashes:
         raise UserError("the run logged no sample hash", fix="audit a run that has trained at least one step")
-    domains = [SampledDomain(d["name"], d["num_windows"], d["fingerprint"]) for d in sampler_state["domains"]]
+    domains = [
+        SampledDomain(d["name"], d["num_windows"], d["fingerprint"], start=d["start"]) for d in sampler_state["domains"]
+    ]
     names = [domain.name for domain in domains]
     sampler = Sampler(domains, sampler_state["seed"], align(first.weights, names))
     for entry in entries:

@@ -31,7 +31,9 @@ class SampledDomain:
     fingerprint: str
     """Hash of its content; it chooses the order of the windows, so a renamed domain keeps its order."""
     max_epochs: float | None = None
-    """Most passes over it; None means no limit."""
+    """Most passes over it in this run; None means no limit."""
+    start: int = 0
+    """Windows of its order that the lineage drew before this run, which goes on after them."""
 
     @property
     def limit(self) -> int | None:
@@ -70,6 +72,7 @@ class Sampler:
         self._pending: list[tuple[int, np.ndarray]] = []
         self._credits = np.zeros(len(domains), dtype=np.int64)
         self._cursors = np.zeros(len(domains), dtype=np.int64)
+        self._starts = np.array([domain.start for domain in domains], dtype=np.int64)
         sizes, fingerprints = [d.num_windows for d in domains], [d.fingerprint for d in domains]
         library = sampler_library() if native else None
         self._order = WindowOrder(sizes, fingerprints, seed, library=library)
@@ -86,7 +89,7 @@ class Sampler:
 
     @property
     def cursors(self) -> np.ndarray:
-        """int64 [K]; windows drawn so far from each domain."""
+        """int64 [K]; windows drawn so far from each domain, in this run."""
         return self._cursors.copy()
 
     def epochs(self) -> dict[str, float]:
@@ -95,7 +98,7 @@ class Sampler:
 
     def fingerprint(self) -> str:
         """Hash of what decides the order apart from the weights: algorithm version, seed, domains' content and size."""
-        content = [[domain.fingerprint, domain.num_windows] for domain in self.domains]
+        content = [[domain.fingerprint, domain.num_windows, domain.start] for domain in self.domains]
         text = json.dumps([ORDER_VERSION, self.seed, content])
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -128,11 +131,12 @@ class Sampler:
             UserError: if a domain would be drawn more often than its ``max_epochs`` allows (to within one window, the
                 rounding of the credits). Nothing is drawn then.
         """
-        credits, cursors = self._credits.copy(), self._cursors.copy()
+        credits, cursors = self._credits.copy(), self._starts + self._cursors
         pieces = [
             self._order.draw(weights, credits, cursors, last - first)
             for first, last, weights in self._segments(self.sample_index + n)
         ]
+        cursors -= self._starts
         self._check_limits(cursors)
         start, self.sample_index = self.sample_index, self.sample_index + n
         self._credits, self._cursors = credits, cursors
@@ -188,6 +192,7 @@ class Sampler:
                     "name": domain.name,
                     "num_windows": domain.num_windows,
                     "fingerprint": domain.fingerprint,
+                    "start": domain.start,
                     "cursor": int(self._cursors[index]),
                     "credit": int(self._credits[index]),
                 }
@@ -301,7 +306,7 @@ def _stored_domains(
     if unknown:
         raise UserError(f"{unknown[0]!r} is to be renamed, but the checkpoint has no such domain")
     for domain in sampler.domains:
-        for key in ("fingerprint", "num_windows") if domain.name in stored else ():
+        for key in ("fingerprint", "num_windows", "start") if domain.name in stored else ():
             if stored[domain.name][key] != getattr(domain, key):
                 raise UserError(
                     f"domain {domain.name!r} changed: its {key} was {stored[domain.name][key]} when the checkpoint was "

@@ -34,6 +34,14 @@ class ConsumedDomain:
     """Hash of the tokenizer it was built with; empty where a bare token file says nothing of it."""
     held_out_fraction: float = 0.01
     """Share of a bare token file that was held out, which decides what its training split is."""
+    order: str = ""
+    """Identity of the order its windows came in, see :func:`order_identity`."""
+
+
+def order_identity(fingerprint: str, num_windows: int, seed: int) -> str:
+    """Two stages draw a domain's windows in the same order exactly if its content, its window length and their seeds
+    are equal."""
+    return f"{fingerprint}/{num_windows}/{seed}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +91,11 @@ class Lineage:
                     domain = replace(domain, tokens=tokens, windows=windows)
                 merged[domain.fingerprint] = domain
         return [domain for domain in merged.values() if domain.windows > 0]
+
+    def drawn(self, order: str) -> int:
+        """Windows that the stages drew of one order: where a stage that draws of it goes on, so that none is trained
+        on a second time before all have been once."""
+        return sum(domain.windows for stage in self.stages for domain in stage.domains if domain.order == order)
 
     def save(self, folder: str | Path) -> None:
         """Write ``lineage.json`` into a run folder; a reader sees the old file or the new one, never a torn one."""

@@ -49,7 +49,7 @@ def resolve_replay(
         UserError: if a name is unknown, a file has moved, a content changed, or a name clashes with a new domain.
     """
     known = lineage.domains()
-    _check_names(known, {**dict.fromkeys(replay.domains or {}, "domains"), **dict.fromkeys(replay.paths, "paths")})
+    check_names(known, {**dict.fromkeys(replay.domains or {}, "domains"), **dict.fromkeys(replay.paths, "paths")})
     resolved = []
     for domain in known:
         if replay.domains is not None and replay.domains.get(domain.name, 0) == 0:
@@ -73,7 +73,16 @@ def resolve_replay(
     return resolved
 
 
-def _check_names(known: list[ConsumedDomain], asked: Mapping[str, str]) -> None:
+def check_names(known: list[ConsumedDomain], asked: Mapping[str, str]) -> None:
+    """Refuse names that are not one domain of the lineage.
+
+    Args:
+        known: the lineage's domains.
+        asked: name to the setting of ``replay`` that names it.
+
+    Raises:
+        UserError: if a name is unknown or stands for several contents.
+    """
     names = [domain.name for domain in known]
     for name, setting in asked.items():
         if names.count(name) > 1:

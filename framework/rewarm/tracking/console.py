@@ -24,7 +24,7 @@ class Console:
     """Progress of one run.
 
     Args:
-        domain_names: the run's domains, in order.
+        domain_names: the domains that are evaluated, in order.
         total_steps: steps of the stage.
         first_evaluation: the evaluation that changes are counted from, where the run was resumed.
         console: where to print; None means standard output.

@@ -20,7 +20,7 @@ class Tracker:
     Args:
         run_folder: the run; made if missing.
         config: what is recorded.
-        domain_names: the run's domains, in order.
+        domain_names: the domains that are evaluated, in order.
         total_steps: steps of the stage.
         resumed_step: step of the checkpoint that the run continues from; None or 0 for a run that begins at
             step 0, whose files begin anew.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -50,9 +51,12 @@ def evaluate_huggingface(
     """Held-out losses of a Hugging Face folder through transformers, in this process.
 
     Raises:
-        UserError: if no domain is given, or settings of a run are.
+        UserError: if no domain is given, or settings of a run are; if a domain was built with another tokenizer, or
+            the windows are longer than the model's positions, where the losses would mean nothing.
     """
     from rewarm.model.reference import window_losses
+    from rewarm.train.parent import tokenizer_of
+    from rewarm.train.tokenizers import check_same_tokenizer
 
     for override in overrides:
         raise UserError(f"{override}: {folder} is a Hugging Face folder and has no settings", fix="leave it out")
@@ -61,7 +65,10 @@ def evaluate_huggingface(
             f"{folder} is a Hugging Face folder and names no domains", fix="give them: --data NAME=PATH, once for each"
         )
     domains = [open_domain(name, DomainConfig(path=where), sequence_length) for name, where in data.items()]
-    _measure(domains, folder)
+    _check_positions(folder, sequence_length)
+    tokenizer = tokenizer_of(folder)
+    if tokenizer is not None:
+        check_same_tokenizer(tokenizer, domains)
     results = []
     for domain in domains:
         tokens = held_out_windows(domain.held_out, windows)
@@ -69,9 +76,10 @@ def evaluate_huggingface(
     return results
 
 
-def _measure(domains: list[Domain], tokenizer: Path | None) -> None:
-    from rewarm.data.tokenizer import open_backend
-
-    for domain in domains:
-        if domain.held_out_bytes_per_token is None and tokenizer is not None:
-            domain.measure_bytes_per_token(open_backend(tokenizer))
+def _check_positions(folder: Path, sequence_length: int) -> None:
+    longest = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
+    if isinstance(longest, int) and sequence_length > longest:
+        raise UserError(
+            f"windows of {sequence_length} tokens are above max_position_embeddings={longest} of {folder}",
+            fix=f"give --sequence-length {longest} or less",
+        )

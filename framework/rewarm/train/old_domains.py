@@ -9,7 +9,7 @@ from rewarm.config.run import RunConfig
 from rewarm.data.domain import Domain, open_domain
 from rewarm.errors import UserError
 from rewarm.replay.lineage import ConsumedDomain, Lineage
-from rewarm.replay.select import resolve_replay
+from rewarm.replay.select import check_names, resolve_replay
 
 
 @dataclass(slots=True)
@@ -44,6 +44,8 @@ def open_old_domains(config: RunConfig, lineage: Lineage, new: list[Domain]) -> 
     if config.replay.fraction > 0:
         for chosen in resolve_replay(lineage, config.replay, names, fingerprint_of):
             old.replayed.append((opened[chosen.fingerprint], chosen.proportion))
+    else:
+        check_names(lineage.domains(), dict.fromkeys(config.replay.paths, "paths"))
     used = set(names.values()) | {domain.fingerprint for domain, _ in old.replayed}
     taken = set(names) | {domain.name for domain, _ in old.replayed}
     for domain in lineage.domains():
@@ -55,7 +57,9 @@ def open_old_domains(config: RunConfig, lineage: Lineage, new: list[Domain]) -> 
                 raise UserError(f"the name {domain.name!r} is taken by other content")
             resolve_replay(lineage, alone, names, fingerprint_of)
         except UserError as error:
-            old.messages.append(f"not watched for forgetting: {error.message}")
+            # The usual fix also speaks of replay.domains, which says nothing of what is only watched.
+            mend = f"; set replay.paths.{domain.name} to its new place" if isinstance(error.__cause__, OSError) else ""
+            old.messages.append(f"not watched for forgetting: {error.message}{mend}")
             continue
         old.watched.append(opened[domain.fingerprint])
         taken.add(domain.name)

@@ -31,7 +31,7 @@ def find_origin(config: RunConfig) -> Origin:
     """Look at the run folder, then at the parent.
 
     Raises:
-        UserError: if the run has no checkpoint of its own and its parent cannot be used.
+        UserError: if the run has no checkpoint of its own and its parent cannot be used as asked.
     """
     for checkpoint in store.list_checkpoints(config.folder / "checkpoints"):
         try:

@@ -33,11 +33,13 @@ class Parent:
         if self.checkpoint is not None:
             folder = self.folder / TOKENIZER
             return folder if folder.is_dir() else None
-        return self.folder if (self.folder / "tokenizer.json").exists() or _slow_tokenizer(self.folder) else None
+        return tokenizer_of(self.folder)
 
 
-def _slow_tokenizer(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("tokenizer.model", "vocab.json", "tokenizer_config.json"))
+def tokenizer_of(huggingface: Path) -> Path | None:
+    """The Hugging Face folder itself if it carries a tokenizer, fast or slow, else None."""
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+    return huggingface if any((huggingface / name).exists() for name in names) else None
 
 
 def find_parent(path: str, engine: str | None = None) -> Parent:

@@ -106,7 +106,7 @@ def assemble(config: RunConfig, stage: Stage, engine: Engine) -> Run:
     tracker = Tracker(
         stage.folder,
         config.tracking,
-        stage.names,
+        [domain.name for domain in stage.evaluated],
         config.total_steps,
         resumed_step=int(state["step"]) if state is not None else 0,
         config_dump=config.model_dump(mode="json"),

@@ -24,7 +24,7 @@ from rewarm.mixing.weights import TOTAL, align, fractions
 from rewarm.model.architecture import Architecture
 from rewarm.model.description import ModelDescription, from_scratch
 from rewarm.model.tokenizer_check import required_rows
-from rewarm.replay.lineage import ConsumedDomain, Lineage
+from rewarm.replay.lineage import ConsumedDomain, Lineage, order_identity
 from rewarm.replay.lineage import Stage as LineageStage
 from rewarm.schedule.learning_rate import LearningRate
 from rewarm.train.old_domains import open_old_domains
@@ -72,7 +72,13 @@ class Stage:
             log_entries: the weight log, which says what comes after the checkpoint.
         """
         sampled = [
-            SampledDomain(domain.name, len(domain.train), domain.fingerprint, self._max_epochs(domain.name))
+            SampledDomain(
+                domain.name,
+                len(domain.train),
+                domain.fingerprint,
+                self._max_epochs(domain.name),
+                self.origin.lineage.drawn(self._order(domain)),
+            )
             for domain in self.trained
         ]
         sampler = Sampler(sampled, self.config.seed, self.initial_weights)
@@ -84,6 +90,9 @@ class Stage:
         if state is None or not self.config.mixture.is_updated:
             sampler.plan(self.config.total_steps * self.config.batch.global_batch_size)
         return sampler
+
+    def _order(self, domain: Domain) -> str:
+        return order_identity(domain.fingerprint, len(domain.train), self.config.seed)
 
     def controller(self) -> MixtureController:
         """What steers the weights of the new domains after evaluations, as it stands at the first step."""
@@ -120,6 +129,7 @@ class Stage:
                 tokens=cursors[domain.name] * length,
                 windows=cursors[domain.name],
                 tokenizer_fingerprint=domain.tokenizer_fingerprint or "",
+                order=self._order(domain),
             )
             for domain in self.trained
         )

@@ -17,8 +17,10 @@ def print_summary(run: Run) -> None:
 
     console = Console()
     if run.tracker.last_evaluated_step != run.config.total_steps:
-        why = run.stop_reason or f"stop_at={run.config.stop_at}"
-        console.print(f"stopped after step {run.step} of {run.config.total_steps} ({why}); the same command goes on")
+        why, again = run.stop_reason, "the same command goes on"
+        if why is None:
+            why, again = f"stop_at={run.config.stop_at}", "the same command without it goes on"
+        console.print(f"stopped after step {run.step} of {run.config.total_steps} ({why}); {again}")
         return
     lines = cast("list[EvaluationLine]", read_lines(run.folder / "evaluation.jsonl"))
     if len(lines) > 1:

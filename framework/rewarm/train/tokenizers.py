@@ -43,7 +43,6 @@ def check_tokenizers(tokenizer: Path | None, architecture: ModelDescription, dom
     Raises:
         UserError: naming the domain, both tokenizers or sizes, and the fix.
     """
-    own = tokenizer_fingerprint(tokenizer) if tokenizer is not None else None
     for domain in domains:
         if domain.vocab_size is not None and domain.vocab_size > architecture.vocab_size:
             raise UserError(
@@ -53,12 +52,22 @@ def check_tokenizers(tokenizer: Path | None, architecture: ModelDescription, dom
             )
     if tokenizer is not None:
         check_tokenizer_fits(tokenizer, architecture, "the model")
+        check_same_tokenizer(tokenizer, domains)
+
+
+def check_same_tokenizer(tokenizer: Path, domains: list[Domain]) -> None:
+    """Refuse domains that were built with another tokenizer, and measure the bytes per token of those that say nothing.
+
+    Raises:
+        UserError: naming the domain, both tokenizers, and the fix.
+    """
+    own = tokenizer_fingerprint(tokenizer)
     for domain in domains:
-        if own is not None and domain.tokenizer_fingerprint not in (None, own):
+        if domain.tokenizer_fingerprint not in (None, own):
             raise UserError(
                 f"domain {domain.name!r} ({domain.path}) was built with another tokenizer ({domain.tokenizer}) than "
                 f"the model's ({tokenizer})",
                 fix=_REBUILD + str(tokenizer),
             )
-        if domain.held_out_bytes_per_token is None and tokenizer is not None:
+        if domain.held_out_bytes_per_token is None:
             domain.measure_bytes_per_token(open_backend(tokenizer))

@@ -151,8 +151,15 @@ def test_contradictions_are_named(wrong: dict[str, Any], right: dict[str, Any], 
     build({**BASE, **right})
 
 
-@pytest.mark.parametrize("replay", [{"domains": {"english": 1}}, {"paths": {"english": "elsewhere"}}])
-def test_replay_settings_need_a_fraction(replay: dict[str, Any]) -> None:
+def test_domains_to_replay_need_a_fraction() -> None:
+    replay = {"domains": {"english": 1}}
     with pytest.raises(UserError, match=r"replay\.fraction=0"):
         build({**CONTINUE, "replay": replay})
     build({**CONTINUE, "replay": {**replay, "fraction": 0.05}})
+
+
+def test_moved_domains_need_a_parent_but_no_replay() -> None:
+    replay = {"paths": {"english": "elsewhere"}}
+    with pytest.raises(UserError, match=r"replay\.paths needs a parent"):
+        build({**BASE, "replay": replay})
+    build({**CONTINUE, "replay": replay})

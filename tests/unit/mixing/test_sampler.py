@@ -244,3 +244,20 @@ def test_native_path_draws_the_same(
             [np.concatenate(part).tolist() for part in zip(*drawn, strict=True)] + [credits.tolist(), cursors.tolist()]
         )
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_a_stage_goes_on_after_the_windows_that_its_lineage_drew(native: bool) -> None:
+    """Cut in two stages, a domain's order is the one of a single run; the limit counts the new stage alone."""
+    alone = Sampler([SampledDomain("a", 50, "content a")], 3, quantise([1.0]), native=native)
+    expected = alone.draw(120).windows
+    second = SampledDomain("a", 50, "content a", max_epochs=1.0, start=70)
+    stage = Sampler([second], 3, quantise([1.0]), native=native)
+    np.testing.assert_array_equal(stage.draw(50).windows, expected[70:])
+    assert stage.cursors.tolist() == [50] and stage.epochs() == {"a": 1.0}
+    with pytest.raises(UserError, match="max_epochs"):
+        stage.draw(5)
+    restored = Sampler([second], 3, quantise([1.0]), native=native)
+    state = Sampler([SampledDomain("a", 50, "content a")], 3, quantise([1.0]), native=native).state_dict()
+    with pytest.raises(UserError, match="start"):
+        restored.load_state_dict(state)
