@@ -36,6 +36,13 @@ class OptimizerConfig(Section):
     gradient_clipping: float = Field(1.0, ge=0)
     """Largest global gradient norm; 0 means no clipping."""
 
+    @model_validator(mode="after")
+    def _check_ignored(self) -> OptimizerConfig:
+        for name in ("beta1", "beta2", "epsilon"):
+            if self.name == "sgd" and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"optimizer.{name} is ignored by optimizer.name=sgd: remove one of the two")
+        return self
+
 
 class ScheduleConfig(Section):
     """Learning rate as a pure function of the tokens trained in this stage."""

@@ -110,7 +110,7 @@ def write_run_files(config: RunConfig, stage: Stage, *, started: bool) -> None:
     if not started:
         for name in ("metrics.jsonl", "evaluation.jsonl", "mixture.jsonl"):
             (folder / name).unlink(missing_ok=True)
-        if stage.tokenizer is not None:
+        if stage.tokenizer is not None and stage.tokenizer.resolve() != (folder / TOKENIZER).resolve():
             shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
             (folder / TOKENIZER).mkdir()
             carry_files(stage.tokenizer, folder / TOKENIZER)

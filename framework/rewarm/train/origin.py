@@ -38,6 +38,11 @@ def find_origin(config: RunConfig) -> Origin:
             store.verify(checkpoint, names=())
         except store.DamagedCheckpoint:
             continue
+        if not (config.folder / "config.yaml").is_file():
+            raise UserError(
+                f"{config.folder} holds an imported model, and not a run that could go on",
+                fix=f"give the stage another name, with parent: {config.folder}",
+            )
         own = from_checkpoint(checkpoint, config.engine)
         return Origin(None, own.architecture, Lineage(own.lineage.stages[:-1]), own.tokenizer)
     if config.parent is None:

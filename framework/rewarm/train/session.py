@@ -51,10 +51,10 @@ def run_session(config: RunConfig) -> None:
             open_logs(stage.folder, engine.rank)
             _train(config, stage, engine)
         except BaseException:
+            # The process group is left as it is: leaving it could wait for ranks that are inside a collective.
             log.exception("rank %d failed", engine.rank)
             raise
-        finally:
-            engine.close()
+        engine.close()
     finally:
         if lock is not None:
             lock.release()

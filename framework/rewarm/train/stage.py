@@ -27,7 +27,7 @@ from rewarm.model.tokenizer_check import required_rows
 from rewarm.replay.lineage import ConsumedDomain, Lineage, order_identity
 from rewarm.replay.lineage import Stage as LineageStage
 from rewarm.schedule.learning_rate import LearningRate
-from rewarm.train.old_domains import open_old_domains
+from rewarm.train.old_domains import OldDomains, open_old_domains
 from rewarm.train.origin import Origin, find_origin
 from rewarm.train.tokenizers import check_tokenizers, choose_tokenizer
 
@@ -166,14 +166,26 @@ def resolve_stage(config: RunConfig, num_ranks: int) -> Stage:
     planned = planned_changes(config.mixture, config.replay, tokens, shares, _clock(config))
     trained = new + [domain for domain, _ in old.replayed]
     assert names == [domain.name for domain in trained], (names, trained)
-    evaluated = trained + old.watched
-    check_tokenizers(tokenizer, architecture, evaluated)
+    check_tokenizers(tokenizer, architecture, trained)
+    evaluated = trained + _watchable(old, tokenizer, architecture)
     _check_enough_windows(config, trained, weights)
     stage = Stage(config, origin, architecture, tokenizer, trained, evaluated, weights, planned, list(old.messages))
     # Both refuse what could only fail after the ranks have started.
     stage.sampler(None, planned)
     stage.controller()
     return stage
+
+
+def _watchable(old: OldDomains, tokenizer: Path | None, architecture: ModelDescription) -> list[Domain]:
+    """The watched domains that the model can be evaluated on; why another one is left out is added to the messages."""
+    watchable = []
+    for domain in old.watched:
+        try:
+            check_tokenizers(tokenizer, architecture, [domain])
+            watchable.append(domain)
+        except UserError as error:
+            old.messages.append(f"not watched for forgetting: {error.message}")
+    return watchable
 
 
 def _clock(config: RunConfig) -> Clock:
