@@ -13,9 +13,8 @@ if [ $# -eq 0 ]; then
     ruff format --check .
     mypy
 fi
-# A file's tests stay together, since they share what they set up. One worker more than there are cores, since the
-# tests of job submission mostly wait.
-workers=$(($(env -u OMP_NUM_THREADS nproc) + 1))
+# A file's tests stay together, since they share what they set up.
+workers=$(env -u OMP_NUM_THREADS nproc)
 # One thread a process: the tests start many processes, and results do not depend on it.
 export OMP_NUM_THREADS=1
 exec python -m pytest --numprocesses "$((workers < 4 ? workers : 4))" --dist loadfile "$@"
