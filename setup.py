@@ -101,6 +101,7 @@ setup(
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
+            "tensorboard>=2.17",
             "hypothesis>=6.100",
             "ruff>=0.8",
             "mypy>=1.13",
