@@ -34,7 +34,7 @@ def window_losses(
     import torch
     from torch.nn import functional
 
-    with _quiet(), torch.inference_mode():
+    with quiet_transformers(), torch.inference_mode():
         model = _load(folder, dtype, device)
         _check_tokens(tokens, model, folder)
         sums = np.empty(len(tokens), dtype=np.float64)
@@ -75,7 +75,7 @@ def generate_text(
     """
     import torch
 
-    with _quiet(), torch.inference_mode(), torch.random.fork_rng():
+    with quiet_transformers(), torch.inference_mode(), torch.random.fork_rng():
         model, tokenizer = _load(folder, "float32", device), _load_tokenizer(folder)
         torch.manual_seed(seed)
         ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
@@ -135,7 +135,7 @@ def _check_tokens(tokens: np.ndarray, model: Any, folder: str | Path) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Errors only, no progress bars, while transformers works; the user's settings come back afterwards."""
     from transformers.utils import logging
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from rewarm.config.run import RunConfig
 from rewarm.engine import device
 from rewarm.errors import UserError
 from rewarm.model.description import HuggingFaceModel
+from rewarm.model.reference import quiet_transformers
 
 
 def load_config(model: HuggingFaceModel, settings: DeepSpeedConfig) -> Any:
@@ -113,21 +112,3 @@ def _cut(module: nn.Module, deepspeed: Any, values: dict[str, Any]) -> None:
     for part in module.modules():
         for name, buffer in part.named_buffers(recurse=False):
             part._buffers[name] = buffer.to(device.local_device())
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Errors only, no progress bars, while transformers works; the user's settings come back afterwards."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

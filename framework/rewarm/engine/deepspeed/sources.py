@@ -108,7 +108,7 @@ def open_huggingface(folder: Path, shapes: Shapes, *, trust_remote_code: bool) -
 def _load(folder: Path, shapes: Shapes, trust_remote_code: bool) -> LoadedWeights:
     from transformers import AutoModelForCausalLM
 
-    from rewarm.engine.deepspeed.model import quiet_transformers
+    from rewarm.model.reference import quiet_transformers
 
     try:
         with quiet_transformers():
