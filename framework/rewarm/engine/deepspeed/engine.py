@@ -34,6 +34,7 @@ from rewarm.engine.deepspeed.shards import Shards
 from rewarm.engine.deepspeed.sources import RandomWeights, Source, open_huggingface
 from rewarm.errors import UserError
 from rewarm.model.description import HuggingFaceModel
+from rewarm.model.initial import RandomTensors
 
 
 class DeepSpeedEngine(Collectives, Engine):
@@ -82,7 +83,18 @@ class DeepSpeedEngine(Collectives, Engine):
         )
         self._shards = Shards(self.deepspeed.module, self._tensor_rank, self.layout.tensor)
         if config.parent is None:
-            self._fill(RandomWeights(self.model.config, config.seed, self._shards.shapes))
+            self._fill(self._random_weights())
+
+    def _random_weights(self) -> Source:
+        values = self.model.config
+        return RandomWeights(
+            RandomTensors(
+                self._shards.shapes,
+                seed=self.config.seed,
+                initializer_range=values["initializer_range"],
+                num_layers=values["num_hidden_layers"],
+            )
+        )
 
     def _fill(self, source: Source, *, moments: bool = False) -> None:
         """Set the fp32 parameters, and the moments, and take them over into the model. Collective."""

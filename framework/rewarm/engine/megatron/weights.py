@@ -18,14 +18,23 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from rewarm.engine import ranks
 from rewarm.errors import UserError
 from rewarm.model.architecture import Architecture
 from rewarm.model.files import carry_files, written_aside
 from rewarm.model.huggingface import config_for_huggingface
-from rewarm.model.safetensors_io import TensorFolder, TensorWriter
-from rewarm.model.tensors import EMBEDDING, FINAL_NORM, OUTPUT, layer_prefix, open_weights, tensor_shapes
+from rewarm.model.safetensors_io import TensorWriter
+from rewarm.model.tensors import (
+    EMBEDDING,
+    FINAL_NORM,
+    OUTPUT,
+    TensorReader,
+    layer_prefix,
+    open_weights,
+    tensor_shapes,
+)
 
 _T = TypeVar("_T")
 _DISK = "check the permissions and the free space"
@@ -71,14 +80,23 @@ def import_weights(chunks: Sequence[torch.nn.Module], architecture: Architecture
     Raises:
         UserError: the same on every rank, if the folder's tensors are not exactly the architecture's.
     """
-    from megatron.core import parallel_state
+    with open_weights(folder, architecture) as weights:
+        fill_weights(chunks, architecture, weights)
 
+
+def fill_weights(chunks: Sequence[torch.nn.Module], architecture: Architecture, weights: TensorReader) -> None:
+    """Fill live Megatron chunks from Hugging Face tensors, as :func:`import_weights` does. No collective.
+
+    Args:
+        chunks: as for :func:`import_weights`.
+        architecture: what they were built from.
+        weights: has every tensor of the architecture.
+    """
     rank = parallel_state.get_tensor_model_parallel_rank()
-    size = parallel_state.get_tensor_model_parallel_world_size()
     filled: set[str] = set()
-    with open_weights(folder, architecture) as weights, torch.no_grad():
+    with torch.no_grad():
         for place, parameter in _places(chunks, architecture):
-            shard = _read_shard(weights, place, parameter, architecture, rank, size)
+            shard = _read_shard(weights, place, parameter, architecture, rank)
             assert shard.shape == parameter.shape, (place.names, tuple(shard.shape), tuple(parameter.shape))
             parameter.copy_(shard)
             filled.update(place.names)
@@ -203,8 +221,6 @@ def _stream(
     chunks: Sequence[torch.nn.Module], architecture: Architecture, folder: Path, dtype: torch.dtype
 ) -> str | None:
     """Bring every parameter to rank 0 and write it there; returns what went wrong with the files, if anything."""
-    from megatron.core import parallel_state
-
     local = {place: parameter.detach() for place, parameter in _places(chunks, architecture)}
     pipeline = parallel_state.get_pipeline_model_parallel_group()
     stages: list[Any] = [None] * dist.get_world_size(pipeline)
@@ -226,8 +242,6 @@ def _stream(
 
 def _gather(parameter: torch.Tensor, place: _Place) -> torch.Tensor | None:
     """The shards of all tensor ranks as one parameter, on the first of them; None on the others."""
-    from megatron.core import parallel_state
-
     group = parallel_state.get_tensor_model_parallel_group()
     leads = dist.get_rank(group) == 0
     if place.split == "whole" or dist.get_world_size(group) == 1:
@@ -243,8 +257,6 @@ def _gather(parameter: torch.Tensor, place: _Place) -> torch.Tensor | None:
 
 
 def _whole_shape(place: _Place, parameter: torch.Tensor) -> tuple[int, ...]:
-    from megatron.core import parallel_state
-
     size = parallel_state.get_tensor_model_parallel_world_size()
     shape = tuple(parameter.shape)
     if place.split == "whole":
@@ -256,8 +268,6 @@ def _send_to_first_stage(
     whole: torch.Tensor | None, stage: int, shape: tuple[int, ...], like: torch.Tensor
 ) -> torch.Tensor | None:
     """Move a gathered parameter of a later stage to rank 0; None on every other rank."""
-    from megatron.core import parallel_state
-
     if parallel_state.get_tensor_model_parallel_rank() != 0:
         return None
     group = parallel_state.get_pipeline_model_parallel_group()
@@ -287,12 +297,11 @@ def _take_apart(whole: torch.Tensor, place: _Place, architecture: Architecture) 
 
 
 def _read_shard(
-    weights: TensorFolder,
+    weights: TensorReader,
     place: _Place,
     parameter: torch.Tensor,
     architecture: Architecture,
     rank: int,
-    size: int,
 ) -> torch.Tensor:
     """One tensor rank's shard of a parameter, [as the parameter], in the type it is stored in."""
     if place.split == "whole":
@@ -312,7 +321,7 @@ def _read_shard(
     return torch.cat([read, read.new_zeros(rows - (stop - start), read.shape[1])])
 
 
-def _read_qkv(weights: TensorFolder, place: _Place, rows: int, architecture: Architecture, rank: int) -> torch.Tensor:
+def _read_qkv(weights: TensorReader, place: _Place, rows: int, architecture: Architecture, rank: int) -> torch.Tensor:
     """Rows ``[rank * rows, (rank + 1) * rows)`` of query, key and value interleaved by group.
 
     With more tensor ranks than groups a shard ends inside a group; then the groups it touches are read.
@@ -376,6 +385,4 @@ def _unwrapped(chunks: Sequence[torch.nn.Module]) -> list[Any]:
 
 def _in_first_replica() -> bool:
     """True on the ranks of the one model copy that is exported."""
-    from megatron.core import parallel_state
-
     return parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
