@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from ranks.deepspeed_models import LEARNING_RATE, deepspeed_config, masked_batch
 from ranks.deepspeed_workers import share, weights
 from ranks.tiny import DOMAINS, VOCAB_SIZE, global_batch, tiny_config
-from rewarm.engine.base import StepResult
+from rewarm.engine.base import Engine, StepResult
 from rewarm.engine.build import build_engine
 from rewarm.model.architecture import Architecture
 from rewarm.model.description import describe, from_scratch
@@ -46,3 +47,26 @@ def random_weights(settings: dict[str, Any], scratch: Path) -> dict[str, np.ndar
     found = weights(engine, scratch)
     engine.close()
     return found
+
+
+def hand_over(folder: Path, precision: str, engines: Sequence[str], target: Path) -> list[list[StepResult]]:
+    """Train two steps, hand the state to the next engine, train two more steps under either."""
+    engines = [engines[0], *engines]
+    results = []
+    for number, name in enumerate(engines):
+        config = deepspeed_config(folder, engine=name, precision=precision)
+        engine = build_engine(config, describe(folder, name), DOMAINS)
+        if number == 0:
+            engine.import_huggingface(folder)
+            _steps(engine, 0)
+        else:
+            engine.load_portable(target / str(number - 1))
+        (target / str(number)).mkdir()
+        engine.save_portable(target / str(number))
+        results.append(_steps(engine, 2))
+        engine.close()
+    return results
+
+
+def _steps(engine: Engine, first: int) -> list[StepResult]:
+    return [engine.train_step(share(engine, global_batch(step)), LEARNING_RATE) for step in (first, first + 1)]

@@ -59,3 +59,22 @@ def test_a_model_without_parent_starts_alike(tied: bool, tmp_path: Path) -> None
     assert found[0].keys() == found[1].keys()
     for name, value in found[0].items():
         np.testing.assert_array_equal(value, found[1][name], err_msg=name)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_state_goes_from_one_engine_to_the_other_bit_for_bit(precision: str, folder: Path, tmp_path: Path) -> None:
+    """fp32 parameters, moments and the count of updates; the steps after it are those of the engine it came from."""
+    chain = ["megatron", "deepspeed", "megatron"]
+    (results,) = run_ranks(workers.hand_over, 1, folder, precision, chain, tmp_path)
+    saved = [load_file(tmp_path / str(number) / "model.safetensors") for number in range(len(results))]
+    assert len({(tmp_path / str(number) / "portable.json").read_text() for number in range(len(results))}) == 1
+    assert all(saved[0][f"{name}/exp_avg"].any() for name in load_file(folder / "model.safetensors"))
+    for other in saved[1:]:
+        assert other.keys() == saved[0].keys()
+        for name, value in saved[0].items():
+            np.testing.assert_array_equal(other[name], value, err_msg=name)
+    tolerance = 1e-5 if precision == "float32" else 2e-3
+    for found in results[1:]:
+        for one, other in zip(found, results[0], strict=True):
+            assert one.loss == pytest.approx(other.loss, abs=tolerance)
+            assert one.grad_norm == pytest.approx(other.grad_norm, rel=5 * tolerance)

@@ -29,9 +29,10 @@ from rewarm.engine.deepspeed.extensions import needed_extensions, prepare_extens
 from rewarm.engine.deepspeed.json import deepspeed_json
 from rewarm.engine.deepspeed.model import build_model
 from rewarm.engine.deepspeed.optimizer import build_optimizer, set_learning_rate
-from rewarm.engine.deepspeed.partitions import MOMENTS, WEIGHT, open_partitions
+from rewarm.engine.deepspeed.partitions import open_partitions
 from rewarm.engine.deepspeed.shards import Shards
 from rewarm.engine.deepspeed.sources import RandomWeights, Source, open_huggingface
+from rewarm.engine.portable import MOMENTS, WEIGHT, PortableState, PortableWriter
 from rewarm.errors import UserError
 from rewarm.model.description import HuggingFaceModel
 from rewarm.model.initial import RandomTensors
@@ -235,6 +236,23 @@ class DeepSpeedEngine(Collectives, Engine):
         export.export_model(
             self.deepspeed.module, self._shards, self.model, folder, dtype, files=files, replace=replace
         )
+
+    def save_portable(self, folder: Path) -> None:
+        """See :meth:`Engine.save_portable`."""
+        assert self.world_size == 1, "in more processes each would hold a part"
+        partitions, shapes = self._partitions, self._shards.shapes
+        writer = PortableWriter(folder, shapes, moments=partitions.has_moments, steps=partitions.steps())
+        for fragment in partitions.fragments(moments=partitions.has_moments, write=False):
+            for kind in writer.kinds:
+                writer.write(fragment.name, kind, fragment.tensors[kind].view(shapes[fragment.name]))
+        writer.close()
+
+    def load_portable(self, folder: Path) -> None:
+        """See :meth:`Engine.load_portable`."""
+        assert self.world_size == 1, "in more processes each would hold a part"
+        state = PortableState(folder)
+        self._fill(state, moments=self._partitions.has_moments)
+        self._partitions.set_steps(state.steps)
 
     def rng_state(self) -> Any:
         """See :meth:`Engine.rng_state`."""

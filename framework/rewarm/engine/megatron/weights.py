@@ -59,7 +59,7 @@ _LAYER: dict[str, tuple[_Split, tuple[str, ...]]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class Place:
     """What one Megatron parameter is made of, and how it is cut over the tensor ranks."""
 
     split: _Split
@@ -95,8 +95,8 @@ def fill_weights(chunks: Sequence[torch.nn.Module], architecture: Architecture, 
     rank = parallel_state.get_tensor_model_parallel_rank()
     filled: set[str] = set()
     with torch.no_grad():
-        for place, parameter in _places(chunks, architecture):
-            shard = _read_shard(weights, place, parameter, architecture, rank)
+        for place, parameter in places(chunks, architecture):
+            shard = read_shard(weights, place, parameter, architecture, rank)
             assert shard.shape == parameter.shape, (place.names, tuple(shard.shape), tuple(parameter.shape))
             parameter.copy_(shard)
             filled.update(place.names)
@@ -221,14 +221,14 @@ def _stream(
     chunks: Sequence[torch.nn.Module], architecture: Architecture, folder: Path, dtype: torch.dtype
 ) -> str | None:
     """Bring every parameter to rank 0 and write it there; returns what went wrong with the files, if anything."""
-    local = {place: parameter.detach() for place, parameter in _places(chunks, architecture)}
+    local = {place: parameter.detach() for place, parameter in places(chunks, architecture)}
     pipeline = parallel_state.get_pipeline_model_parallel_group()
     stages: list[Any] = [None] * dist.get_world_size(pipeline)
     dist.all_gather_object(stages, [(place, _whole_shape(place, p)) for place, p in local.items()], group=pipeline)
     some = next(iter(local.values()))
     sink, seen = _Sink(architecture, folder, dtype), set()
-    for stage, places in enumerate(stages):
-        for place, shape in places:
+    for stage, held in enumerate(stages):
+        for place, shape in held:
             if place.names in seen:  # the last stage's copy of a tied embedding
                 continue
             seen.add(place.names)
@@ -236,11 +236,11 @@ def _stream(
             if stage > 0:
                 whole = _send_to_first_stage(whole, stage, shape, some)
             if whole is not None:
-                sink.write(place.names, _take_apart(whole, place, architecture))
+                sink.write(place.names, take_apart(whole, place, architecture))
     return sink.close()
 
 
-def _gather(parameter: torch.Tensor, place: _Place) -> torch.Tensor | None:
+def _gather(parameter: torch.Tensor, place: Place) -> torch.Tensor | None:
     """The shards of all tensor ranks as one parameter, on the first of them; None on the others."""
     group = parallel_state.get_tensor_model_parallel_group()
     leads = dist.get_rank(group) == 0
@@ -256,7 +256,7 @@ def _gather(parameter: torch.Tensor, place: _Place) -> torch.Tensor | None:
     return torch.cat(shards, dim=1 if place.split == "columns" else 0)
 
 
-def _whole_shape(place: _Place, parameter: torch.Tensor) -> tuple[int, ...]:
+def _whole_shape(place: Place, parameter: torch.Tensor) -> tuple[int, ...]:
     size = parallel_state.get_tensor_model_parallel_world_size()
     shape = tuple(parameter.shape)
     if place.split == "whole":
@@ -282,7 +282,7 @@ def _send_to_first_stage(
     return received
 
 
-def _take_apart(whole: torch.Tensor, place: _Place, architecture: Architecture) -> list[torch.Tensor]:
+def take_apart(whole: torch.Tensor, place: Place, architecture: Architecture) -> list[torch.Tensor]:
     """A whole Megatron parameter as the Hugging Face tensors it is made of."""
     if place.split == "vocabulary":
         return [whole[: architecture.vocab_size]]
@@ -296,9 +296,9 @@ def _take_apart(whole: torch.Tensor, place: _Place, architecture: Architecture) 
     return [whole]
 
 
-def _read_shard(
+def read_shard(
     weights: TensorReader,
-    place: _Place,
+    place: Place,
     parameter: torch.Tensor,
     architecture: Architecture,
     rank: int,
@@ -321,7 +321,7 @@ def _read_shard(
     return torch.cat([read, read.new_zeros(rows - (stop - start), read.shape[1])])
 
 
-def _read_qkv(weights: TensorReader, place: _Place, rows: int, architecture: Architecture, rank: int) -> torch.Tensor:
+def _read_qkv(weights: TensorReader, place: Place, rows: int, architecture: Architecture, rank: int) -> torch.Tensor:
     """Rows ``[rank * rows, (rank + 1) * rows)`` of query, key and value interleaved by group.
 
     With more tensor ranks than groups a shard ends inside a group; then the groups it touches are read.
@@ -339,27 +339,25 @@ def _read_qkv(weights: TensorReader, place: _Place, rows: int, architecture: Arc
     return joined[start : start + rows]
 
 
-def _places(
-    chunks: Sequence[torch.nn.Module], architecture: Architecture
-) -> Iterator[tuple[_Place, torch.nn.Parameter]]:
+def places(chunks: Sequence[torch.nn.Module], architecture: Architecture) -> Iterator[tuple[Place, torch.nn.Parameter]]:
     """Every local parameter with what it is made of."""
     for chunk in _unwrapped(chunks):
         for name, parameter in chunk.named_parameters():
             yield _place(chunk, name, architecture), parameter
 
 
-def _place(chunk: Any, name: str, architecture: Architecture) -> _Place:
+def _place(chunk: Any, name: str, architecture: Architecture) -> Place:
     if name == "embedding.word_embeddings.weight":
-        return _Place("vocabulary", (EMBEDDING,))
+        return Place("vocabulary", (EMBEDDING,))
     if name == "output_layer.weight":
-        return _Place("vocabulary", (EMBEDDING if architecture.tie_embeddings else OUTPUT,))
+        return Place("vocabulary", (EMBEDDING if architecture.tie_embeddings else OUTPUT,))
     if name == "decoder.final_layernorm.weight":
-        return _Place("whole", (FINAL_NORM,))
+        return Place("whole", (FINAL_NORM,))
     match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
     assert match is not None and match.group(2) in _LAYER, f"no Hugging Face tensor is known for parameter {name}"
     split, names = _LAYER[match.group(2)]
     prefix = layer_prefix(chunk.decoder.layers[int(match.group(1))].layer_number - 1)
-    return _Place(split, tuple(prefix + part for part in names))
+    return Place(split, tuple(prefix + part for part in names))
 
 
 def _local_names(chunks: Sequence[torch.nn.Module], architecture: Architecture) -> set[str]:
