@@ -32,6 +32,7 @@ from rewarm.engine.deepspeed.optimizer import build_optimizer, set_learning_rate
 from rewarm.engine.deepspeed.partitions import MOMENTS, WEIGHT, open_partitions
 from rewarm.engine.deepspeed.shards import Shards
 from rewarm.engine.deepspeed.sources import RandomWeights, Source, open_huggingface
+from rewarm.engine.deepspeed.swap import SwapFolder
 from rewarm.errors import UserError
 from rewarm.model.description import HuggingFaceModel
 
@@ -59,20 +60,23 @@ class DeepSpeedEngine(Collectives, Engine):
             together(lambda: prepare_extensions(config.deepspeed))
         self._initialize()
 
+    _swap: SwapFolder | None = None
+
     def _initialize(self) -> None:
         config, stage = self.config, self.config.deepspeed.zero_stage
         deepspeed = compat.load_deepspeed()
         with compat.quiet():
             compat.adopt_process_group(deepspeed)
         values = deepspeed_json(config, self.layout.data)
+        if config.deepspeed.nvme_path is not None:
+            self._swap = SwapFolder(config.deepspeed.nvme_path)
+            values = self._swap.use(values)
         # Dropout differs between model copies and agrees within one.
         torch.manual_seed(config.seed + self.data_parallel_rank)
         with compat.quiet():
             module = build_model(config, self.model, deepspeed, values)
             optimizer = build_optimizer(config, module)
-            self.deepspeed, _, _, _ = deepspeed.initialize(
-                model=module, optimizer=optimizer, config=values, dist_init_required=False
-            )
+            self.deepspeed = compat.initialize(deepspeed, module, optimizer, values, config.deepspeed.json_file)
         self._partitions = open_partitions(
             self.deepspeed,
             stage,
@@ -239,6 +243,8 @@ class DeepSpeedEngine(Collectives, Engine):
     def release(self) -> None:
         """Free the model and what DeepSpeed keeps beside it, and stay in the process group."""
         self.deepspeed.destroy()
+        if self._swap is not None:
+            self._swap.close()
         compat.forget_groups()
 
     def close(self) -> None:

@@ -114,11 +114,22 @@ def _remove_stale_locks(folder: Path, built: bool) -> None:
         lock.unlink(missing_ok=True)
 
 
+_BUILD = """
+import ctypes, os, signal, sys
+signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))
+set_parent_death_signal = 1
+ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+from deepspeed.ops import op_builder
+getattr(op_builder, sys.argv[1])().load(verbose=False)
+"""
+"""The build and its compilers end with whoever asked for it: the next one, seeing the guard free, would build into the
+same folder at the same time."""
+
+
 def _build(name: str, folder: Path, minutes: float) -> None:
     print(f"compiling DeepSpeed's {name} extension into {folder}: once, it takes a minute or two ...", file=sys.stderr)
-    code = f"from deepspeed.ops.op_builder import {_BUILDERS[name]} as Builder; Builder().load(verbose=False)"
     process = subprocess.Popen(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", _BUILD, _BUILDERS[name]],
         env={**os.environ, "TORCH_EXTENSIONS_DIR": str(folder)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
