@@ -119,6 +119,8 @@ import ctypes, os, signal, sys
 signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))
 set_parent_death_signal = 1
 ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+if os.getppid() != int(sys.argv[2]):
+    sys.exit(1)
 from deepspeed.ops import op_builder
 getattr(op_builder, sys.argv[1])().load(verbose=False)
 """
@@ -129,7 +131,7 @@ same folder at the same time."""
 def _build(name: str, folder: Path, minutes: float) -> None:
     print(f"compiling DeepSpeed's {name} extension into {folder}: once, it takes a minute or two ...", file=sys.stderr)
     process = subprocess.Popen(
-        [sys.executable, "-c", _BUILD, _BUILDERS[name]],
+        [sys.executable, "-c", _BUILD, _BUILDERS[name], str(os.getpid())],
         env={**os.environ, "TORCH_EXTENSIONS_DIR": str(folder)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
