@@ -23,6 +23,7 @@ from rewarm.config.deepspeed import DeepSpeedConfig
 from rewarm.errors import UserError
 
 _BUILDERS = {"cpu_adam": "CPUAdamBuilder", "async_io": "AsyncIOBuilder"}
+_END_SECONDS = 10.0
 _LOAD_SECONDS = 30.0
 """A load of what is built holds torch's lock for a moment; an older lock belongs to a process that is gone."""
 
@@ -116,7 +117,10 @@ def _remove_stale_locks(folder: Path, built: bool) -> None:
 
 _BUILD = """
 import ctypes, os, signal, sys
-signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))
+def end(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.killpg(0, signal.SIGTERM)
+signal.signal(signal.SIGTERM, end)
 set_parent_death_signal = 1
 ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 if os.getppid() != int(sys.argv[2]):
@@ -125,7 +129,8 @@ from deepspeed.ops import op_builder
 getattr(op_builder, sys.argv[1])().load(verbose=False)
 """
 """The build and its compilers end with whoever asked for it: the next one, seeing the guard free, would build into the
-same folder at the same time."""
+same folder at the same time. Compilers are in process groups of their own, which only ninja knows and ends, if it is
+asked and not killed."""
 
 
 def _build(name: str, folder: Path, minutes: float) -> None:
@@ -141,8 +146,12 @@ def _build(name: str, folder: Path, minutes: float) -> None:
     try:
         output, _ = process.communicate(timeout=minutes * 60)
     except BaseException as error:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.terminate()
+        try:
+            process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         (folder / name / "lock").unlink(missing_ok=True)
         if not isinstance(error, subprocess.TimeoutExpired):
             raise

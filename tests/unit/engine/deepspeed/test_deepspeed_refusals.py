@@ -149,39 +149,42 @@ def test_swap_folders_of_two_processes(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("rewarm-*"))
 
 
+def slow_compiler(folder: Path) -> Path:
+    """A compiler that writes down its process and then takes for ever."""
+    compiler = folder / "slow-compiler"
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *" -c "*) echo $$ >> {folder}/compiling; exec sleep 1000;; esac\n')
+    compiler.chmod(compiler.stat().st_mode | stat.S_IEXEC)
+    return compiler
+
+
 def test_build_ends_with_whoever_asked_for_it(tmp_path: Path) -> None:
-    """Left alone it would go on beside the next one, in the same folder."""
+    """Left alone its compilers would go on beside the next build's, in the same folder."""
     code = (
         "import sys; from rewarm.config.deepspeed import DeepSpeedConfig as C;"
         "from rewarm.engine.deepspeed.extensions import prepare_extensions as prepare;"
         "prepare(C(zero_stage=3, offload_optimizer='cpu', offload_ratio=0.5, extensions_folder=sys.argv[1]))"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    asking = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], env=environment, stderr=subprocess.PIPE, text=True
-    )
+    environment["CXX"] = str(slow_compiler(tmp_path))
+    asking = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=environment, stderr=subprocess.PIPE)
+    wait_for((tmp_path / "compiling").exists)
     assert asking.stderr is not None
-    assert "compiling DeepSpeed's cpu_adam extension" in asking.stderr.readline()
-    children = Path(f"/proc/{asking.pid}/task/{asking.pid}/children")
-    wait_for(lambda: bool(children.read_text()))
-    build = Path("/proc") / children.read_text().split()[0]
     asking.kill()
+    assert b"compiling DeepSpeed's cpu_adam extension" in asking.stderr.read()
     asking.wait()
-    wait_for(lambda: not build.exists())
+    for number in (tmp_path / "compiling").read_text().split():
+        wait_for(lambda compiler=Path("/proc", number): not compiler.exists())  # type: ignore[misc]
 
 
 def wait_for(reached: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while not reached():
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
 def test_slow_compiler_is_stopped_and_leaves_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler = tmp_path / "slow-compiler"
-    compiler.write_text("#!/bin/sh\nsleep 1000\n")
-    compiler.chmod(compiler.stat().st_mode | stat.S_IEXEC)
-    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("CXX", str(slow_compiler(tmp_path)))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "unused")
     monkeypatch.setenv("PATH", os.environ["PATH"])
     settings = twin_flow(tmp_path / "built", build_timeout=0.05)
