@@ -103,6 +103,8 @@ def _data_parallel_size(config: RunConfig, world_size: int) -> int:
     parallel = config.parallel
     model_ranks = parallel.model_ranks
     product = f"parallel.tensor={parallel.tensor} times parallel.pipeline={parallel.pipeline}"
+    if parallel.context > 1:
+        product += f" times parallel.context={parallel.context}"
     if world_size % model_ranks:
         raise UserError(
             f"{world_size} ranks cannot be shared by {product} = {model_ranks} ranks per model copy",

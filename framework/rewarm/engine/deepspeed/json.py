@@ -55,10 +55,10 @@ def deepspeed_json(config: RunConfig, data_parallel_size: int) -> dict[str, Any]
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": _zero(settings),
     }
-    if config.parallel.tensor == 1:
-        # DeepSpeed would multiply it by the tensor ranks, and check that.
+    if config.parallel.model_ranks == 1:
+        # DeepSpeed would multiply it by the tensor or context ranks, and check that.
         values["train_batch_size"] = batch.global_batch_size
-    else:
+    if config.parallel.tensor > 1:
         values["tensor_parallel"] = {
             "autotp_size": config.parallel.tensor,
             "tp_overlap_comm": False,

@@ -29,6 +29,8 @@ def check_model(config: RunConfig, model: HuggingFaceModel) -> None:
     check_code(config.deepspeed, model)
     if config.parallel.tensor > 1:
         _check_tensor_parallel(config.parallel.tensor, model)
+    if config.parallel.context > 1:
+        _check_context(config, model)
     check_folder(config.deepspeed)
     check_compiler(config.deepspeed)
 
@@ -70,6 +72,27 @@ def check_file(config: RunConfig, data_parallel_size: int) -> None:
     """
     if config.deepspeed.json_file is not None:
         deepspeed_json(config, data_parallel_size)
+
+
+def _check_context(config: RunConfig, model: HuggingFaceModel) -> None:
+    """Refuse attention over less than the whole sequence, and positions that depend on the longest one seen."""
+    values = model.config
+    found = None
+    window = values.get("sliding_window")
+    if isinstance(window, int) and values.get("use_sliding_window", True) and window < config.batch.sequence_length:
+        found = f"sliding_window={window}"
+    for kind in values.get("layer_types") or []:
+        if kind != "full_attention":
+            found = f"{kind} layers"
+    rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
+    if rope.get("rope_type", rope.get("type")) in ("dynamic", "longrope"):
+        found = f"{rope.get('rope_type', rope.get('type'))} rotary positions"
+    if found is not None:
+        raise UserError(
+            f"parallel.context={config.parallel.context} is not possible for this {model.model_type} model: it has "
+            f"{found}, which a part of a sequence would get wrong",
+            fix="set parallel.context=1",
+        )
 
 
 def _check_tensor_parallel(tensor: int, model: HuggingFaceModel) -> None:
