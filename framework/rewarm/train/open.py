@@ -39,12 +39,12 @@ class OpenModel:
         """The resolved stage of the run; an imported model has none."""
         return resolve_stage(self.config, num_ranks)
 
-    def engine(self) -> Engine:
-        """The model on the ranks of this job. Collective."""
+    def engine(self, *, optimizer: bool = False) -> Engine:
+        """The model on the ranks of this job, with its optimizer's state if that is asked for. Collective."""
         from rewarm.engine.build import build_engine
 
         engine = build_engine(self.config, self.architecture, list(self.config.data))
-        engine.load(self.checkpoint / MODEL, optimizer=False)
+        engine.load(self.checkpoint / MODEL, optimizer=optimizer)
         return engine
 
 

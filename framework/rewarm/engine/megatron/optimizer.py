@@ -159,6 +159,35 @@ class Optimizer:
             squares = torch.zeros((), dtype=torch.float64, device=device.local_device())
         return math.sqrt(ranks.sum_over_ranks(squares).item())
 
+    @property
+    def has_moments(self) -> bool:
+        """True under AdamW."""
+        return self._settings.name == "adamw"
+
+    @property
+    def num_updates(self) -> int:
+        """Updates that the moments stand for."""
+        return int(self.sharded.param_groups[0]["step"])
+
+    @num_updates.setter
+    def num_updates(self, value: int) -> None:
+        for group in self.sharded.param_groups:
+            group["step"] = value
+
+    def masters(self) -> dict[int, Tensor]:
+        """This rank's flat part of each fp32 parameter, by the id of the model's parameter that it updates."""
+        sharded = self.sharded
+        pairs = (
+            (sharded.model_fp32_groups, sharded.shard_fp32_groups),
+            (sharded.model_float16_groups, sharded.shard_fp32_from_float16_groups),
+        )
+        return {
+            id(parameter): master
+            for models, shards in pairs
+            for group, parts in zip(models, shards, strict=True)
+            for parameter, master in zip(group, parts, strict=True)
+        }
+
     def weights_changed(self) -> None:
         """Take the model's parameters over into the fp32 main parameters, after they were loaded from elsewhere."""
         self.sharded.reload_model_params()
