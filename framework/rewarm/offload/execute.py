@@ -42,6 +42,29 @@ class GroupStep:
     beta2: float = 0.95
     epsilon: float = 1e-8
 
+    @classmethod
+    def of(cls, group: Mapping[str, Any]) -> GroupStep:
+        """Of a parameter group of torch."""
+        beta1, beta2 = group["betas"]
+        return cls(group["lr"], group["weight_decay"], beta1, beta2, group["eps"])
+
+    def constants(self, number: int, grad_scale: float = 1.0) -> adamw.AdamWStep:
+        """What the kernel is given.
+
+        Args:
+            number: the step, from 1.
+            grad_scale: unscale factor times clip factor.
+        """
+        return adamw.AdamWStep.prepare(
+            step=number,
+            learning_rate=self.learning_rate,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            epsilon=self.epsilon,
+            weight_decay=self.weight_decay,
+            grad_scale=grad_scale,
+        )
+
 
 @dataclass
 class _Step:
@@ -185,18 +208,7 @@ class Executor:
         return self.step
 
     def _prepare(self, step: _Step, grad_scale: float) -> None:
-        for group in step.groups:
-            step.constants.append(
-                adamw.AdamWStep.prepare(
-                    step=step.number,
-                    learning_rate=group.learning_rate,
-                    beta1=group.beta1,
-                    beta2=group.beta2,
-                    epsilon=group.epsilon,
-                    weight_decay=group.weight_decay,
-                    grad_scale=grad_scale,
-                )
-            )
+        step.constants.extend(group.constants(step.number, grad_scale) for group in step.groups)
 
     def _signal(self, kind: str, subgroup: int | None) -> None:
         step = self._running()

@@ -101,6 +101,7 @@ class OffloadedAdamW:
         kind = self._means.gradient_type
         for gradient in gradients:
             assert gradient.dtype == kind, f"gradients are {gradient.dtype}, not {kind} as announced"
+        self.settle()
         if self._executor is None:
             self._executor = self._start(Pieces(self.layout, gradients))
         else:
@@ -122,7 +123,7 @@ class OffloadedAdamW:
         return found
 
     def write(self, shard: int, master: Tensor, moment1: Tensor, moment2: Tensor) -> None:
-        """Set one shard's state, and its parameters to the rounded master; :meth:`settle` when all are written.
+        """Set one shard's state, and its parameters to the rounded master.
 
         Args:
             shard: its index.

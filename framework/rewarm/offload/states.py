@@ -163,6 +163,11 @@ class States:
         adamw.join(high, state.low.cpu(), moment2, master)
         return master, moment1, moment2
 
+    def device_bytes(self) -> int:
+        """Bytes of the device's memory that resident state and slots take."""
+        resident = sum(self._bytes(subgroup) for subgroup in self._resident)
+        return resident + sum(slot.numel() for slot in self._device_slots.values())
+
     def host_gradient(self, subgroup: int) -> torch.Tensor:
         """Host buffer that a CPU-updated subgroup's gradient is copied to."""
         return self._gradients[subgroup]
