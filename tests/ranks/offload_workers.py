@@ -31,7 +31,9 @@ def build(settings: dict[str, Any]) -> MegatronEngine:
 
 def train(engine: MegatronEngine, first: int, last: int) -> list[StepResult]:
     """Some steps, with a rate that moves."""
-    return [engine.train_step(local_batch(engine, step), LEARNING_RATE / (1 + step / 50)) for step in range(first, last)]
+    return [
+        engine.train_step(local_batch(engine, step), LEARNING_RATE / (1 + step / 50)) for step in range(first, last)
+    ]
 
 
 def state_of(engine: MegatronEngine) -> list[torch.Tensor]:

@@ -104,7 +104,7 @@ class Executor:
             job: widths of gradients and parameters, and whether the update waits for :meth:`release`.
             device: where parameters and gradients are.
             states: the optimizer state, allocated for the same placement.
-            parameters: the engine's, bf16, fp16 or fp32 on the device, or a flat [layout.numel]; rewritten by each step.
+            parameters: the engine's, bf16, fp16 or fp32 on the device, or a flat [layout.numel]; rewritten.
             gradients: the engine's, on the device, or a flat [layout.numel]; read by each step.
             cpu_threads: threads of the CPU's update.
             cores: cores that these threads are pinned to; None leaves them alone.
@@ -297,9 +297,7 @@ class Executor:
             moments = state.moment1[span], state.moment2[span]
             grad = gradient.tensor if host_gradient is None else host_gradient[span]
             if state.low is not None:
-                adamw.update_split(
-                    constants, piece.tensor, state.low[span], *moments, grad, threads=self.cpu_threads
-                )
+                adamw.update_split(constants, piece.tensor, state.low[span], *moments, grad, threads=self.cpu_threads)
                 continue
             target = (piece.tensor if out is None else out[span]) if half else None
             adamw.update(constants, state.first[span], *moments, grad, target, threads=self.cpu_threads)

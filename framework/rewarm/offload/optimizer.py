@@ -81,7 +81,10 @@ class OffloadedAdamW:
         self._device, self._means = device, means
         widths = {"grad_bytes": means.gradient_type.itemsize, "param_bytes": self._parameters.dtype.itemsize}
         self._job = replace(job, parameters=self.layout.numel, **widths)
-        self._open(placement)
+        self._executor: Executor | None = None
+        self._held: tuple[int, Tensor, Tensor, Tensor] | None = None
+        self._changed = False
+        self.states = self._open(placement)
         self._fill(shards if masters is None else masters)
 
     def step(
@@ -161,13 +164,14 @@ class OffloadedAdamW:
         self.settle()
         state = self.states.export(self._parameters)
         self.close()
-        self._open(placement)
+        self.states = self._open(placement)
         self.states.load(*state, self._parameters)
 
     def close(self) -> None:
         """End the threads and give memory and files back."""
         if self._executor is not None:
             self._executor.close()
+            self._executor = None
         self.states.close()
 
     def _fill(self, masters: Sequence[Tensor]) -> None:
@@ -185,13 +189,10 @@ class OffloadedAdamW:
             self._held = (subgroup, *self.states.get(subgroup, self._parameters))
         return self._held[1:]
 
-    def _open(self, placement: Placement) -> None:
+    def _open(self, placement: Placement) -> States:
         means = self._means
         self.placement = placement
-        self._executor: Executor | None = None
-        self._held: tuple[int, Tensor, Tensor, Tensor] | None = None
-        self._changed = False
-        self.states = States(
+        return States(
             self.layout,
             placement,
             self._device,
