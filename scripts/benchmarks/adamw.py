@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import os
 import signal
 import sys
@@ -121,7 +122,7 @@ def probes(state: dict[str, Any], threads: int) -> dict[str, tuple[Callable[[], 
     count = ctypes.c_int64(state["grad"].numel())
     return {
         f"{LIMIT}{', prefetched' * prefetch}": (
-            lambda prefetch=prefetch: library.rewarm_probe_in_place(count, *pointers, int(prefetch), threads),
+            functools.partial(library.rewarm_probe_in_place, count, *pointers, int(prefetch), threads),
             FP32_BYTES,
         )
         for prefetch in (False, True)
@@ -147,13 +148,13 @@ def report(elements: int, found: dict[str, tuple[float, int]]) -> None:
     print(f"\n{elements / 1e6:.0f}M parameters\n{'':46}{'ms':>9}{'Gparam/s':>10}{'GB/s':>8}")
     for name, (seconds, size) in found.items():
         print(f"{name:46}{seconds * 1e3:9.1f}{elements / seconds / 1e9:10.2f}{size * elements / seconds / 1e9:8.1f}")
-    seconds = {name: value[0] for name, value in found.items()}
-    rivals = [name for name in seconds if name.startswith("fp32") and "rewarm" not in name]
-    best_fp32 = min(seconds[name] for name in rivals)
-    for name in (name for name in seconds if name.startswith("mixed") and "rewarm" not in name):
-        print(f"one pass over {name[7:]}: {seconds[name] / seconds['mixed: rewarm, one pass']:.2f}x (goal 1.8)")
-    print(f"fp32 against the better rival: {best_fp32 / seconds['fp32: rewarm']:.2f}x (goal 0.97)")
-    limit = max(size / seconds for name, (seconds, size) in found.items() if name.startswith(LIMIT))
+    times = {name: value[0] for name, value in found.items()}
+    rivals = [name for name in times if name.startswith("fp32") and "rewarm" not in name]
+    best_fp32 = min(times[name] for name in rivals)
+    for name in (name for name in times if name.startswith("mixed") and "rewarm" not in name):
+        print(f"one pass over {name[7:]}: {times[name] / times['mixed: rewarm, one pass']:.2f}x (goal 1.8)")
+    print(f"fp32 against the better rival: {best_fp32 / times['fp32: rewarm']:.2f}x (goal 0.97)")
+    limit = max(size / best for name, (best, size) in found.items() if name.startswith(LIMIT))
     for name in (name for name in found if "rewarm" in name):
         share = found[name][1] / found[name][0] / limit
         print(f"{name}: {share:.0%} of the in-place limit (goal 90%)")
