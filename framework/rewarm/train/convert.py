@@ -23,7 +23,7 @@ from rewarm.train.open import OpenModel, open_model
 from rewarm.train.parent import TOKENIZER
 from rewarm.train.state import MODEL, RANDOM
 
-_OF_AN_ENGINE = ("parallel", "megatron", "deepspeed", "distributed")
+_OF_AN_ENGINE = ("parallel", "megatron", "deepspeed", "distributed", "offload")
 _KEPT = ("lineage.json", "mixture.jsonl", "metrics.jsonl", "evaluation.jsonl")
 
 

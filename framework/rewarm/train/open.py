@@ -20,7 +20,7 @@ from rewarm.train.parent import find_parent
 from rewarm.train.stage import Stage, resolve_stage
 from rewarm.train.state import MODEL
 
-_OF_THE_MACHINE = ("parallel", "distributed", "megatron")
+_OF_THE_MACHINE = ("parallel", "distributed", "megatron", "offload")
 """Settings of a run that belong to the machines it trained on; looking at its model starts from the defaults."""
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 from rewarm.config.deepspeed import DeepSpeedConfig
 from rewarm.config.run import RunConfig
 from rewarm.engine import device
+from rewarm.engine.deepspeed.layout import check_code
 from rewarm.errors import UserError
 from rewarm.model.description import HuggingFaceModel
 from rewarm.model.reference import quiet_transformers
@@ -25,6 +25,7 @@ def load_config(model: HuggingFaceModel, settings: DeepSpeedConfig) -> Any:
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
+    check_code(settings, model)
     values = {key: value for key, value in model.config.items() if key not in ("transformers_version",)}
     if model.model_type in CONFIG_MAPPING and not (settings.trust_remote_code and model.code_folder):
         values.pop("auto_map", None)
@@ -36,17 +37,6 @@ def load_config(model: HuggingFaceModel, settings: DeepSpeedConfig) -> Any:
         raise UserError(
             f"transformers {_version()} knows no model_type {model.model_type!r}",
             fix="install a newer transformers, or name another model",
-        )
-    if not settings.trust_remote_code:
-        raise UserError(
-            f"the {model.model_type!r} model in {model.code_folder} brings Python files of its own, which are not run "
-            "unless asked for",
-            fix="read them, then set deepspeed.trust_remote_code=true",
-        )
-    if not Path(model.code_folder).is_dir():
-        raise UserError(
-            f"the Python files of the {model.model_type!r} model were in {model.code_folder}, which is gone",
-            fix="put the folder back",
         )
     return AutoConfig.from_pretrained(model.code_folder, trust_remote_code=True, local_files_only=True)
 
