@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -9,8 +11,10 @@ from rewarm.config.data import DomainConfig
 from rewarm.data.domain import Domain, open_domain
 from rewarm.data.indexed import IndexedWriter, token_dtype
 from rewarm.errors import UserError
+from rewarm.mixing.objective import Objective, objective_weights
 from rewarm.mixing.sampler import SampledDomain, Sampler
-from rewarm.mixing.weights import quantise
+from rewarm.mixing.weight_log import WeightEntry
+from rewarm.mixing.weights import TOTAL, quantise
 from rewarm.train.feed import PREFETCH_STEPS, Feed
 
 LENGTH, BATCH = 8, 12
@@ -83,7 +87,7 @@ def test_new_weights_take_effect_after_every_prefetch_and_survive_a_restore(doma
     one.next()
     at_sample = one.first_free_sample
     assert at_sample == BATCH * (1 + PREFETCH_STEPS + 1)
-    one.schedule_weights(quantise([0.0, 0.0, 1.0]), at_sample)
+    one.schedule(WeightEntry(at_sample, {"d0": 0, "d1": 0, "d2": TOTAL}, ""))
     restored = sampler(domains)
     restored.load_state_dict(one.state_dict())
     again = Feed(restored, domains, global_batch_size=BATCH, total_samples=10**6, rank=0, num_ranks=1, vocab_size=60000)
@@ -91,6 +95,43 @@ def test_new_weights_take_effect_after_every_prefetch_and_survive_a_restore(doma
         fed, other = one.next(), again.next()
         assert fed.sample_hash == other.sample_hash
         assert (set(fed.batch.domains.tolist()) == {2}) == (step * BATCH >= at_sample)
+
+
+def test_factors_reach_the_right_windows_on_every_rank_and_survive_a_restore(domains: list[Domain]) -> None:
+    """An objective that begins and one that ends inside batches."""
+    names = [domain.name for domain in domains]
+    weights = dict(zip(names, sampler(domains).weights.tolist(), strict=True))
+
+    def schedule(one: Feed) -> Feed:
+        one.schedule(WeightEntry(5, weights, "", objective_weights({"d0": 1, "d2": 1}, weights)))
+        one.schedule(WeightEntry(3 * BATCH + 7, weights, ""))
+        return one
+
+    alone = schedule(feed(domains))
+    ranks = [schedule(feed(domains, rank, 3)) for rank in range(3)]
+    expected = np.array([0.35 / 0.5, 1.0, 0.35 / 0.2])
+    for step in range(5):
+        fed, parts = alone.next(), [one.next().batch.loss_weights for one in ranks]
+        if step == 4:
+            assert fed.batch.loss_weights is None and fed.objective is None and parts == [None] * 3
+            break
+        place = step * BATCH + np.arange(BATCH)
+        held = np.where((place >= 5) & (place < 3 * BATCH + 7), expected[fed.draw.domains], 1.0)
+        np.testing.assert_allclose(fed.batch.loss_weights, held, rtol=1e-8)
+        pieces = [np.ones(4) if part is None else part for part in parts]
+        np.testing.assert_array_equal(np.concatenate(pieces), fed.batch.loss_weights)
+        if step == 1:
+            state = json.loads(json.dumps(alone.state_dict()))
+            restored = sampler(domains)
+            restored.load_state_dict(state)
+            objective = Objective(names)
+            objective.load_state_dict(state["objective"])
+            again = Feed(
+                restored, domains, global_batch_size=BATCH, total_samples=10**6, rank=0, num_ranks=1,
+                vocab_size=60000, objective=objective,
+            )  # fmt: skip
+        if step > 1:
+            np.testing.assert_array_equal(again.next().batch.loss_weights, fed.batch.loss_weights)
 
 
 def test_peek_leaves_the_batch_in_place(domains: list[Domain]) -> None:

@@ -152,6 +152,8 @@ class DeepSpeedEngine(Collectives, Engine):
             )
             losses.append(windows.detach().double())
             self.deepspeed.set_gradient_accumulation_boundary(start == starts[-1])
+            if batch.loss_weights is not None:
+                windows = windows * torch.from_numpy(batch.loss_weights[rows]).to(windows)
             self.deepspeed.backward(windows.sum() * scale, scale_wrt_gas=False)
         windows = torch.cat(losses).cpu().numpy()
         sums = sum_by_domain(windows, batch.domains, self._num_domains, reports=self._sums)
