@@ -1,5 +1,6 @@
 """Both engines and a bare transformers.Trainer on the same tiny model: tokens per CPU-second, memory, start-up.
 
+    pip install accelerate      # which the Trainer needs
     python scripts/benchmarks/engines.py [--rounds 7] [--steps 4]
 
 Every contender is a process of its own on one CPU thread. Each is started once; then they take turns, a round being a
@@ -166,7 +167,7 @@ class Contender:
     def __init__(self, name: str, steps: int) -> None:
         self.name, self.steps = name, steps
         command = [sys.executable, str(Path(__file__)), "--steps", str(steps), "--only", name]
-        self._errors = tempfile.TemporaryFile("w+")
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-_CONFIGURATION = '''
+_CONFIGURATION = """
 from transformers import PreTrainedConfig
 
 
@@ -16,7 +16,7 @@ class HomegrownConfig(PreTrainedConfig):
     model_type = "homegrown"
     vocab_size: int = 8
     hidden_size: int = 4
-'''
+"""
 _MODELING = '''
 import torch
 from torch import nn

@@ -83,7 +83,8 @@ def initialize(deepspeed: Any, module: Any, optimizer: Any, values: dict[str, An
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise UserError(
-            f"DeepSpeed refuses {key}={first['input']!r}: {first['msg']}", fix=f"mend it in deepspeed.json_file={source}"
+            f"DeepSpeed refuses {key}={first['input']!r}: {first['msg']}",
+            fix=f"mend it in deepspeed.json_file={source}",
         ) from error
 
 

@@ -14,6 +14,7 @@ from rewarm.config.run import RunConfig
 from rewarm.engine.deepspeed.json_file import merge, read_user_file
 from rewarm.errors import UserError
 
+
 def deepspeed_json(config: RunConfig, data_parallel_size: int) -> dict[str, Any]:
     """The configuration given to ``deepspeed.initialize``, with the user's file merged in.
 

@@ -54,16 +54,15 @@ def read_user_file(path: str) -> dict[str, Any]:
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(
-            f"deepspeed.json_file={path} cannot be read: {error.strerror}", fix="check the path"
-        ) from error
+        raise UserError(f"deepspeed.json_file={path} cannot be read: {error.strerror}", fix="check the path") from error
     except ValueError as error:
         raise UserError(
             f"deepspeed.json_file={path} is not valid JSON: {error}", fix="mend the file at that place"
         ) from error
     if not isinstance(values, dict):
         raise UserError(
-            f"deepspeed.json_file={path} holds {type(values).__name__}, not an object", fix="put its keys between braces"
+            f"deepspeed.json_file={path} holds {type(values).__name__}, not an object",
+            fix="put its keys between braces",
         )
     return values
 
