@@ -167,7 +167,7 @@ class Contender:
     def __init__(self, name: str, steps: int) -> None:
         self.name, self.steps = name, steps
         command = [sys.executable, str(Path(__file__)), "--steps", str(steps), "--only", name]
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the child)
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
         )

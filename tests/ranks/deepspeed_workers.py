@@ -12,7 +12,7 @@ import torch
 
 from ranks.deepspeed_models import LEARNING_RATE, deepspeed_config, masked_batch
 from ranks.tiny import DOMAINS, global_batch
-from rewarm.engine.base import Batch, StepResult
+from rewarm.engine.base import Batch, Engine, StepResult
 from rewarm.engine.deepspeed.engine import DeepSpeedEngine
 from rewarm.errors import UserError
 from rewarm.model.description import HuggingFaceModel
@@ -28,7 +28,7 @@ def opened(folder: Path, settings: dict[str, Any], *, fill: bool = True) -> Iter
     engine.release()
 
 
-def share(engine: DeepSpeedEngine, whole: Batch) -> Batch:
+def share(engine: Engine, whole: Batch) -> Batch:
     """This data-parallel rank's part of a global batch."""
     mine = slice(engine.data_parallel_rank, None, engine.data_parallel_size)
     mask = None if whole.loss_mask is None else whole.loss_mask[mine].copy()
@@ -50,7 +50,7 @@ def train(folder: Path, cases: Sequence[dict[str, Any]], count: int, masked: boo
     return results
 
 
-def weights(engine: DeepSpeedEngine, scratch: Path) -> dict[str, np.ndarray]:
+def weights(engine: Engine, scratch: Path) -> dict[str, np.ndarray]:
     """The model through an export, on every rank."""
     from safetensors.torch import load_file
 

@@ -30,13 +30,15 @@ from rewarm.engine.deepspeed.extensions import needed_extensions, prepare_extens
 from rewarm.engine.deepspeed.json import deepspeed_json
 from rewarm.engine.deepspeed.model import build_model
 from rewarm.engine.deepspeed.optimizer import build_optimizer, set_learning_rate
-from rewarm.engine.deepspeed.partitions import MOMENTS, WEIGHT, open_partitions
+from rewarm.engine.deepspeed.partitions import open_partitions
 from rewarm.engine.deepspeed.shards import Shards
 from rewarm.engine.deepspeed.sources import RandomWeights, Source, open_huggingface
 from rewarm.engine.deepspeed.swap import SwapFolder
 from rewarm.engine.deepspeed.ulysses import Ulysses
+from rewarm.engine.portable import MOMENTS, WEIGHT, PortableState, PortableWriter
 from rewarm.errors import UserError
 from rewarm.model.description import HuggingFaceModel
+from rewarm.model.initial import RandomTensors
 
 
 class DeepSpeedEngine(Collectives, Engine):
@@ -61,12 +63,11 @@ class DeepSpeedEngine(Collectives, Engine):
         self._counts, self._sums = self.rank % together_ranks == 0, self._tensor_rank == 0
         # ZeRO shares the model among the context ranks too: a gradient from a part of a sequence is one of a sum.
         self._num_shares = self.world_size // self.layout.tensor
+        self._swap: SwapFolder | None = None
+        self._context: Ulysses | None = None
         if needed_extensions(config.deepspeed):
             together(lambda: prepare_extensions(config.deepspeed))
         self._initialize()
-
-    _swap: SwapFolder | None = None
-    _context: Ulysses | None = None
 
     def _initialize(self) -> None:
         config, stage = self.config, self.config.deepspeed.zero_stage
@@ -95,7 +96,18 @@ class DeepSpeedEngine(Collectives, Engine):
         )
         self._shards = Shards(self.deepspeed.module, self._tensor_rank, self.layout.tensor)
         if config.parent is None:
-            self._fill(RandomWeights(self.model.config, config.seed, self._shards.shapes))
+            self._fill(self._random_weights())
+
+    def _random_weights(self) -> Source:
+        values = self.model.config
+        return RandomWeights(
+            RandomTensors(
+                self._shards.shapes,
+                seed=self.config.seed,
+                initializer_range=values["initializer_range"],
+                num_layers=values["num_hidden_layers"],
+            )
+        )
 
     def _fill(self, source: Source, *, moments: bool = False) -> None:
         """Set the fp32 parameters, and the moments, and take them over into the model. Collective."""
@@ -259,6 +271,23 @@ class DeepSpeedEngine(Collectives, Engine):
         export.export_model(
             self.deepspeed.module, self._shards, self.model, folder, dtype, files=files, replace=replace
         )
+
+    def save_portable(self, folder: Path) -> None:
+        """See :meth:`Engine.save_portable`."""
+        assert self.world_size == 1, "in more processes each would hold a part"
+        partitions, shapes = self._partitions, self._shards.shapes
+        writer = PortableWriter(folder, shapes, moments=partitions.has_moments, steps=partitions.steps())
+        for fragment in partitions.fragments(moments=partitions.has_moments, write=False):
+            for kind in writer.kinds:
+                writer.write(fragment.name, kind, fragment.tensors[kind].view(shapes[fragment.name]))
+        writer.close()
+
+    def load_portable(self, folder: Path) -> None:
+        """See :meth:`Engine.load_portable`."""
+        assert self.world_size == 1, "in more processes each would hold a part"
+        state = PortableState(folder)
+        self._fill(state, moments=self._partitions.has_moments)
+        self._partitions.set_steps(state.steps)
 
     def rng_state(self) -> Any:
         """See :meth:`Engine.rng_state`."""

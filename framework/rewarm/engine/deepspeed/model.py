@@ -78,6 +78,7 @@ def build_model(config: RunConfig, model: HuggingFaceModel, deepspeed: Any, valu
             raise UserError(f"transformers cannot build this {model.model_type} model: {reason}") from error
     built.tie_weights()  # which belongs to the initialisation that was left out
     built.config.use_cache = False
+    _train_every_embedding(built)
     if config.activation_recomputation == "full":
         if not getattr(built, "supports_gradient_checkpointing", False):
             raise UserError(
@@ -90,6 +91,16 @@ def build_model(config: RunConfig, model: HuggingFaceModel, deepspeed: Any, valu
     if settings.zero_stage == 3 and config.parallel.tensor == 1:
         _cut(built, deepspeed, values)
     return built.train()
+
+
+def _train_every_embedding(model: Any) -> None:
+    """Let the padding token's embedding have a gradient, which transformers withholds.
+
+    Windows hold no padding: where that token occurs it is text, most often the end of one, in models that pad with it.
+    """
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, nn.Embedding):
+        embedding.padding_idx = None
 
 
 def _cut(module: nn.Module, deepspeed: Any, values: dict[str, Any]) -> None:

@@ -58,8 +58,13 @@ def test_every_top_level_key_is_one_that_deepspeed_reads() -> None:
     import deepspeed.runtime.config as source
 
     runtime = Path(source.__file__).parent
-    files = ["config.py", "constants.py", "precision_config.py", "tensor_parallel/config.py"]
-    files += ["swap_tensor/constants.py"]
+    files = [
+        "config.py",
+        "constants.py",
+        "precision_config.py",
+        "tensor_parallel/config.py",
+        "swap_tensor/constants.py",
+    ]
     files += [f"../{name}" for name in ("monitor/config.py", "profiling/constants.py", "utils/config.py")]
     files += ["../comm/constants.py"]
     text = "".join(runtime.joinpath(name).read_text() for name in files)
