@@ -18,7 +18,9 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["rewarm.engine.megatron.engine", "ranks.workers"])
+_CONTEXT.set_forkserver_preload(
+    ["rewarm.engine.megatron.engine", "rewarm.train.session", "ranks.workers", "torch._dynamo"]
+)
 # Once a rank has failed the others stand in a collective that never comes; this long they may still report.
 _GRACE_SECONDS = 3.0
 
