@@ -268,7 +268,7 @@ class Executor:
         self.device.copy(self._part(self.parameters, subgroup), source, "h2d")
 
     def _update(self, step: _Step, task: Task) -> None:
-        subgroup = _subgroup(task)
+        subgroup, began = _subgroup(task), time.perf_counter()
         on_device = self.placement.routes[subgroup].on_device
         state = self.states.working(subgroup, task.slot, task.host_slot)
         parameters = self._part(self.parameters, subgroup)
@@ -289,6 +289,8 @@ class Executor:
         if on_device and not half:
             parameters.copy_(state.first)
         self.device.settle()
+        if not on_device:
+            self.device.pace_host(parameters.numel(), began)
 
 
 def _subgroup(task: Task) -> int:
