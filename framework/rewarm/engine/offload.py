@@ -205,7 +205,7 @@ class Offload:
             room = 0.8 * room / len(node)
         if settings.device_memory is not None:
             room = settings.device_memory * 1e9
-        _together(lambda: check_drives(settings.nvme_paths))
+        _together(lambda: profile.check_drives(settings.nvme_paths))
         space = {path: _free_space(path) / len(node) for path in settings.nvme_paths}
         self._drive_shares: list[float] | None = None
         if settings.mode == "auto" or len(space) > 1 or settings.profile is not None:
@@ -301,26 +301,6 @@ def stretched(placement: Placement, subgroups: int) -> Placement:
         done += counts[route]
     early = round(placement.early * subgroups / given)
     return replace(placement, routes=interleave(counts), early=early)
-
-
-def check_drives(paths: Sequence[str]) -> None:
-    """Refuse a folder that is no place for what memory has no room for; Linux may even do direct I/O there.
-
-    Raises:
-        UserError: if there is no such folder, or it lies in memory.
-    """
-    mounts = (line.split() for line in Path("/proc/self/mounts").read_text().splitlines())
-    kinds = {Path(fields[1]): fields[2] for fields in mounts}
-    for path in map(Path, paths):
-        if not path.is_dir():
-            raise UserError(f"the NVMe path {path} is not a folder", fix="create it, or correct offload.nvme_paths")
-        target = path.resolve()
-        kind = next((kinds[folder] for folder in (target, *target.parents) if folder in kinds), "")
-        if kind in ("tmpfs", "ramfs", "devtmpfs"):
-            raise UserError(
-                f"the NVMe path {path} lies in memory ({kind}), which it is meant to spare",
-                fix="name a folder on a local drive in offload.nvme_paths",
-            )
 
 
 def _free_space(path: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from rewarm.engine.deepspeed.optimizer import build_optimizer, set_learning_rate
 from rewarm.engine.deepspeed.partitions import MOMENTS, WEIGHT, open_partitions
 from rewarm.engine.deepspeed.shards import Shards
 from rewarm.engine.deepspeed.sources import RandomWeights, Source, open_huggingface
+from rewarm.engine.deepspeed.update import OffloadedStep
 from rewarm.errors import UserError
 from rewarm.model.description import HuggingFaceModel
 
@@ -80,6 +82,8 @@ class DeepSpeedEngine(Collectives, Engine):
             num_shares=self.layout.data,
             share=self.data_parallel_rank,
         )
+        if config.offload.mode != "none":
+            self._partitions.offload(config.offload)
         self._shards = Shards(self.deepspeed.module, self._tensor_rank, self.layout.tensor)
         if config.parent is None:
             self._fill(RandomWeights(self.model.config, config.seed, self._shards.shapes))
@@ -104,9 +108,14 @@ class DeepSpeedEngine(Collectives, Engine):
         """See :meth:`Engine.dry_run`."""
         state = self.rng_state()
         # A gradient that is not finite is dropped by the one path that knows where stage and offload have put it.
+        started = time.perf_counter()
         self._forward_backward(batch, factor=math.nan)
+        device.synchronize()
+        seconds = time.perf_counter() - started
         _, updated = self._update()
         assert not updated, "DeepSpeed took a step on a gradient that is not a number"
+        if isinstance(self._partitions.inner, OffloadedStep) and self._partitions.inner.offload is not None:
+            self._partitions.inner.offload.rehearsed(seconds, device.peak_memory())
         self.set_rng_state(state)
 
     def _forward_backward(self, batch: Batch, factor: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
@@ -238,6 +247,8 @@ class DeepSpeedEngine(Collectives, Engine):
 
     def release(self) -> None:
         """Free the model and what DeepSpeed keeps beside it, and stay in the process group."""
+        if isinstance(self._partitions.inner, OffloadedStep) and self._partitions.inner.offload is not None:
+            self._partitions.inner.offload.close()
         self.deepspeed.destroy()
         compat.forget_groups()
 
