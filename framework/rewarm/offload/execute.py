@@ -305,7 +305,7 @@ class Executor:
                 piece.tensor.copy_(state.first[span])
         self.device.settle()
         if not on_device:
-            self.device.pace_host(parameters.numel(), began)
+            self.device.pace_host(state.moment1.numel(), began)
 
 
 def _subgroup(task: Task) -> int:
