@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -35,6 +36,7 @@ from rewarm.engine.deepspeed.shards import Shards
 from rewarm.engine.deepspeed.sources import RandomWeights, Source, open_huggingface
 from rewarm.engine.deepspeed.swap import SwapFolder
 from rewarm.engine.deepspeed.ulysses import Ulysses
+from rewarm.engine.deepspeed.update import OffloadedStep
 from rewarm.engine.portable import MOMENTS, WEIGHT, PortableState, PortableWriter
 from rewarm.errors import UserError
 from rewarm.model.description import HuggingFaceModel
@@ -94,6 +96,8 @@ class DeepSpeedEngine(Collectives, Engine):
             num_shares=self._num_shares,
             share=self.rank // self.layout.tensor,
         )
+        if config.offload.mode != "none":
+            self._partitions.offload(config.offload)
         self._shards = Shards(self.deepspeed.module, self._tensor_rank, self.layout.tensor)
         if config.parent is None:
             self._fill(self._random_weights())
@@ -131,9 +135,14 @@ class DeepSpeedEngine(Collectives, Engine):
         if self._context is not None:
             self._check_context(self._context, batch)
         # A gradient that is not finite is dropped by the one path that knows where stage and offload have put it.
+        started = time.perf_counter()
         self._forward_backward(batch, factor=math.nan)
+        device.synchronize()
+        seconds = time.perf_counter() - started
         _, updated = self._update()
         assert not updated, "DeepSpeed took a step on a gradient that is not a number"
+        if isinstance(self._partitions.inner, OffloadedStep) and self._partitions.inner.offload is not None:
+            self._partitions.inner.offload.rehearsed(seconds, device.peak_memory())
         self.set_rng_state(state)
 
     def _forward_backward(self, batch: Batch, factor: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
@@ -151,6 +160,8 @@ class DeepSpeedEngine(Collectives, Engine):
             )
             losses.append(windows.detach().double())
             self.deepspeed.set_gradient_accumulation_boundary(start == starts[-1])
+            if batch.loss_weights is not None:
+                windows = windows * torch.from_numpy(batch.loss_weights[rows]).to(windows)
             self.deepspeed.backward(windows.sum() * scale, scale_wrt_gas=False)
         windows = torch.cat(losses).cpu().numpy()
         sums = sum_by_domain(windows, batch.domains, self._num_domains, reports=self._sums)
@@ -303,6 +314,8 @@ class DeepSpeedEngine(Collectives, Engine):
 
     def release(self) -> None:
         """Free the model and what DeepSpeed keeps beside it, and stay in the process group."""
+        if isinstance(self._partitions.inner, OffloadedStep) and self._partitions.inner.offload is not None:
+            self._partitions.inner.offload.close()
         self.deepspeed.destroy()
         if self._context is not None:
             self._context.close()
