@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from rewarm.config.offload import OffloadConfig
-from rewarm.engine.deepspeed.update import MOMENTS, OffloadedStep
-
-WEIGHT = "weight"
+from rewarm.engine.deepspeed.update import OffloadedStep
+from rewarm.engine.portable import MOMENTS, WEIGHT
 
 
 @dataclass(frozen=True, slots=True)

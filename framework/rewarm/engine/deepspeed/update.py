@@ -10,10 +10,9 @@ from torch import Tensor
 
 from rewarm.config.offload import OffloadConfig
 from rewarm.engine.offload import Offload
+from rewarm.engine.portable import MOMENTS
 from rewarm.offload import adamw
 from rewarm.offload.execute import GroupStep
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class KernelAdamW(torch.optim.AdamW):

@@ -226,6 +226,18 @@ class MegatronEngine(Engine):
             replace=replace,
         )
 
+    def save_portable(self, folder: Path) -> None:
+        """See :meth:`Engine.save_portable`."""
+        from rewarm.engine.megatron.portable import save_portable
+
+        save_portable(folder, self.architecture, self.chunks, self._optimizer)
+
+    def load_portable(self, folder: Path) -> None:
+        """See :meth:`Engine.load_portable`."""
+        from rewarm.engine.megatron.portable import load_portable
+
+        load_portable(folder, self.architecture, self.chunks, self._optimizer)
+
     def rng_state(self) -> Any:
         """See :meth:`Engine.rng_state`."""
         return {"device": device.rng_state(), "tracker": tensor_parallel.get_cuda_rng_tracker().get_states()}

@@ -12,6 +12,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import _get_param_groups_and_buffers, get_standard_config_overrides
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
 
 from rewarm.config.offload import OffloadConfig
 from rewarm.config.training import OptimizerConfig
@@ -111,6 +112,35 @@ class Optimizer:
         else:
             squares = torch.zeros((), dtype=torch.float64, device=device.local_device())
         return math.sqrt(ranks.sum_over_ranks(squares).item())
+
+    @property
+    def has_moments(self) -> bool:
+        """True under AdamW."""
+        return self._settings.name == "adamw"
+
+    @property
+    def num_updates(self) -> int:
+        """Updates that the moments stand for."""
+        return int(self.sharded.param_groups[0]["step"])
+
+    @num_updates.setter
+    def num_updates(self, value: int) -> None:
+        for group in self.sharded.param_groups:
+            group["step"] = value
+
+    def masters(self) -> dict[int, Tensor]:
+        """This rank's flat part of each fp32 parameter, by the id of the model's parameter that it updates."""
+        sharded = self.sharded
+        pairs = (
+            (sharded.model_fp32_groups, sharded.shard_fp32_groups),
+            (sharded.model_float16_groups, sharded.shard_fp32_from_float16_groups),
+        )
+        return {
+            id(parameter): master
+            for models, shards in pairs
+            for group, parts in zip(models, shards, strict=True)
+            for parameter, master in zip(group, parts, strict=True)
+        }
 
     def rehearsed(self, seconds: float) -> None:
         """Take notice of the time and memory of a forward and backward pass. Collective."""
