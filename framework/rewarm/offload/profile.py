@@ -257,9 +257,12 @@ class _Bench:
         step = adamw.AdamWStep.prepare(step=10, learning_rate=1e-3)
 
         def run() -> None:
+            began = time.perf_counter()
             adamw.update(step, master, moment1, moment2, grad, out, threads=self.threads)
             if on_device:
                 self.device.settle()
+            else:
+                self.device.pace_host(size, began)
 
         return run
 

@@ -115,7 +115,8 @@ class MegatronEngine(Engine):
             total = self._sum(counts.sum() * np.float64(self._reports))
         for chunk in self._wrapped:
             chunk.zero_grad_buffer()
-        batches = schedule.split(batch.tokens, batch.loss_mask, self.config.batch.micro_batch_size)
+        size = self.config.batch.micro_batch_size
+        batches = schedule.split(batch.tokens, batch.loss_mask, size, batch.loss_weights)
         losses = schedule.train(self._wrapped, batches, max(1, int(total)))
         measured: np.ndarray = np.zeros((2, self._num_domains))
         if self._reports:
