@@ -34,7 +34,7 @@ from mixing_openings import NUM_DOMAINS, SEQUENCE_LENGTH, corpus, resident_mib, 
 
 from rewarm.mixing.native import sampler_library
 from rewarm.mixing.sampler import SampledDomain, Sampler
-from rewarm.mixing.weights import quantise
+from rewarm.mixing.weights import align, quantise
 
 if TYPE_CHECKING:
     from rewarm.train.feed import Feed
@@ -174,7 +174,8 @@ def updating(run: Run, folder: Path, updates: int = 100) -> dict[str, float]:
             losses = dict(zip(DOMAINS, 1.5 + (number + 2.0) ** -np.linspace(0.2, 0.5, 4), strict=True))
             controller.observe(np.array([*losses.values()]) * 5e4, np.full(4, 50_000))
             change = controller.propose(number, losses, sampler.sample_index + 48, sampler, log)
-            sampler.schedule_weights(*controller.commit(change, log))
+            entry = controller.commit(change, log)
+            sampler.schedule_weights(align(entry.weights, DOMAINS), entry.sample)
             sampler.draw(64)
 
         spent = [seconds(lambda n=n: update(n)) for n in range(updates)]

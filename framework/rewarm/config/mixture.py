@@ -92,6 +92,22 @@ class DynamicBatchLoadingConfig(_Targets):
     """Share of the batch that is spread equally; the default is the published code's."""
 
 
+class DoReMiConfig(Section):
+    """Weights of the loss, not of the samples, that grow where the model is worse than a reference (Xie et al. 2023).
+
+    The samples keep ``mixture.weights``, equal if not given, which is also what the weights of the loss start from.
+    The method's result is their mean: ``rewarm mixture average RUN``.
+    """
+
+    reference: dict[str, float] | str
+    """Held-out loss of a reference model on each new domain, in nats per token; or a run or checkpoint that evaluated
+    the same held-out windows; or the output of ``rewarm evaluate --json``."""
+    step_size: float = Field(1.0, gt=0)
+    """Factor of the excess losses, which are clipped at 0; 1 in the paper."""
+    floor: float = Field(1e-3, ge=0, lt=1)
+    """Share of the loss that is spread equally; the paper's smoothing."""
+
+
 class ODMConfig(Section):
     """Online data mixing: a bandit whose reward is the training loss (Albalak et al. 2023)."""
 
@@ -156,6 +172,7 @@ MIXER_SECTIONS: dict[str, type[Section]] = {
     "phased": PhasedConfig,
     "velocitune": VelocituneConfig,
     "dynamic_batch_loading": DynamicBatchLoadingConfig,
+    "doremi": DoReMiConfig,
     "odm": ODMConfig,
     "ado": ADOConfig,
     "skill_it": SkillItConfig,
@@ -163,7 +180,7 @@ MIXER_SECTIONS: dict[str, type[Section]] = {
 }
 """The section of each mixer that has settings."""
 
-CLOSED_LOOP = frozenset({"velocitune", "dynamic_batch_loading", "odm", "ado", "skill_it", "aioli"})
+CLOSED_LOOP = frozenset({"velocitune", "dynamic_batch_loading", "doremi", "odm", "ado", "skill_it", "aioli"})
 """Mixers that are updated at evaluations."""
 
 
@@ -172,14 +189,20 @@ class MixtureConfig(Section):
 
     mixer: Literal[
         "static", "proportional", "temperature", "unimax", "phased",
-        "velocitune", "dynamic_batch_loading", "odm", "ado", "skill_it", "aioli",
+        "velocitune", "dynamic_batch_loading", "doremi", "odm", "ado", "skill_it", "aioli",
     ] = "static"  # fmt: skip
     """static: the given weights. proportional: by each domain's tokens. temperature, unimax: between proportional and
-    equal. phased: one blend after the other. velocitune, dynamic_batch_loading, odm, ado, skill_it,
-    aioli: weights that follow the losses, see their sections."""
+    equal. phased: one blend after the other. velocitune, dynamic_batch_loading, odm, ado, skill_it, aioli: weights that
+    follow the losses, see their sections. doremi: static weights of the samples, and weights of the loss that follow
+    it."""
     weights: dict[str, float] | None = None
     """Weight of each domain at the start, any positive scale; null means equal weights (ado: by tokens). Refused by the
     mixers that compute them: proportional, temperature and unimax."""
+    objective: dict[str, float] | None = None
+    """Weights of domains in the loss, where it should stand for another mixture than the one that is sampled: each
+    window counts (share of the objective) / (share of the samples) times. Any positive scale; the domains named here
+    divide what they are sampled at together, a replayed one may be named too, and the others count once. Null means
+    that every window counts once."""
     temperature: TemperatureConfig | None = None
     """Settings of mixer temperature."""
     unimax: UniMaxConfig | None = None
@@ -190,6 +213,8 @@ class MixtureConfig(Section):
     """Settings of mixer velocitune."""
     dynamic_batch_loading: DynamicBatchLoadingConfig | None = None
     """Settings of mixer dynamic_batch_loading."""
+    doremi: DoReMiConfig | None = None
+    """Settings of mixer doremi."""
     odm: ODMConfig | None = None
     """Settings of mixer odm."""
     ado: ADOConfig | None = None
@@ -206,10 +231,21 @@ class MixtureConfig(Section):
             check_shares(weights, "mixture.weights")
         return weights
 
+    @field_validator("objective")
+    @classmethod
+    def _check_objective(cls, objective: dict[str, float] | None) -> dict[str, float] | None:
+        if objective is not None:
+            check_shares(objective, "mixture.objective")
+        return objective
+
     @model_validator(mode="after")
     def _check_ignored(self) -> MixtureConfig:
         if self.mixer in ("proportional", "temperature", "unimax") and self.weights is not None:
             raise ValueError(f"mixture.weights is ignored by mixture.mixer={self.mixer}: remove one of the two")
+        if self.mixer == "doremi" and self.objective is not None:
+            raise ValueError(
+                "mixture.objective is ignored by mixture.mixer=doremi, which sets it: remove one of the two"
+            )
         for name, section in MIXER_SECTIONS.items():
             if getattr(self, name) is not None and name != self.mixer:
                 raise ValueError(f"mixture.{name} is ignored by mixture.mixer={self.mixer}: remove one of the two")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from rewarm.config.mixture import MixtureConfig, PhaseConfig, ReplayConfig, TemperatureConfig, UniMaxConfig
 from rewarm.errors import UserError
 from rewarm.mixing.mixers.fixed import temperature_weights, unimax_weights
+from rewarm.mixing.objective import objective_weights
 from rewarm.mixing.weight_log import WeightEntry
 from rewarm.mixing.weights import check_weights, quantise
 
@@ -94,10 +95,40 @@ def planned_changes(
     entries = []
     for step, shares, reason in sorted(changes, key=lambda change: change[0]):
         names, weights = blend({name: shares[name] for name in tokens}, replayed, replay.fraction)
-        entries.append(
-            WeightEntry(step * clock.global_batch_size, dict(zip(names, weights.tolist(), strict=True)), reason)
-        )
+        entries.append(planned_entry(mixture, step * clock.global_batch_size, names, weights, reason))
     return entries
+
+
+def planned_entry(
+    mixture: MixtureConfig, sample: int, names: Sequence[str], weights: np.ndarray, reason: str
+) -> WeightEntry:
+    """A line of the weight log that no loss decides, with the objective of the configuration.
+
+    Args:
+        mixture: the configuration section.
+        sample: global sample index from which it holds.
+        names: of all domains.
+        weights: int64 [K] summing to 2^32.
+        reason: why it changes.
+
+    Raises:
+        UserError: if ``mixture.objective`` names what is no domain, or wants a domain that is not sampled.
+    """
+    sampled = dict(zip(names, weights.tolist(), strict=True))
+    if mixture.objective is None:
+        return WeightEntry(sample, sampled, reason)
+    for name, weight in mixture.objective.items():
+        if name not in sampled:
+            raise UserError(
+                f"mixture.objective names {name!r}, which is neither a new nor a replayed domain of the stage",
+                fix=f"name some of {', '.join(names)}",
+            )
+        if weight > 0 and sampled[name] == 0:
+            raise UserError(
+                f"mixture.objective gives {name!r} the weight {weight}, but nothing is sampled from it ({reason})",
+                fix=f"give {name!r} a weight above 0 there, or leave it out of the objective",
+            )
+    return WeightEntry(sample, sampled, reason, objective_weights(mixture.objective, sampled))
 
 
 def _begin(phase: PhaseConfig, number: int, clock: Clock) -> int:

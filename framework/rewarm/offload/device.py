@@ -46,6 +46,9 @@ class Device(Protocol):
     def settle(self) -> None:
         """Block until the work queued by the calling thread is done."""
 
+    def pace_host(self, elements: int, began: float) -> None:
+        """Called after the host has updated elements, since a moment of ``time.perf_counter``; a stand-in may wait."""
+
 
 def check_copy(target: torch.Tensor, source: torch.Tensor) -> None:
     """Copies never convert: the wire type is what both ends hold."""
@@ -93,17 +96,38 @@ class CudaDevice:
         """Block the thread until the current stream is empty."""
         torch.cuda.current_stream(self.torch_device).synchronize()
 
+    def pace_host(self, elements: int, began: float) -> None:
+        """The host is as fast as it is."""
+
 
 class ThrottledDevice:
-    """A second pool of host memory behind a link of set bandwidth."""
+    """A second pool of host memory behind a link of set bandwidth, beside a host of set speed.
+
+    A few cores cannot imitate a link that outruns their own update, so the update is slowed as well where the two are
+    to be weighed against each other.
+    """
 
     pins = False
     node: int | None = None
     torch_device = torch.device("cpu")
 
-    def __init__(self, *, h2d: float = float("inf"), d2h: float = float("inf"), duplex: float = float("inf")) -> None:
-        """Args are bytes/s: to the device, from the device, and both together."""
-        self.name = f"throttled (h2d {h2d / 1e9:g}, d2h {d2h / 1e9:g}, duplex {duplex / 1e9:g} GB/s)"
+    def __init__(
+        self,
+        *,
+        h2d: float = float("inf"),
+        d2h: float = float("inf"),
+        duplex: float = float("inf"),
+        host_rate: float = float("inf"),
+    ) -> None:
+        """A link and a host.
+
+        Args:
+            h2d, d2h, duplex: bytes/s to the device, from the device, and both together.
+            host_rate: parameters/s that the host's update does not exceed.
+        """
+        self.name = f"throttled (h2d {h2d / 1e9:g}, d2h {d2h / 1e9:g}, duplex {duplex / 1e9:g} GB/s"
+        self.name += f", host {host_rate / 1e9:g} G parameters/s)" if host_rate < float("inf") else ")"
+        self._host_rate = host_rate
         self._rate = {"h2d": h2d, "d2h": d2h}
         self._limits = {
             name: rate for name, rate in (("h2d", h2d), ("d2h", d2h), ("pcie", duplex)) if rate < float("inf")
@@ -156,6 +180,11 @@ class ThrottledDevice:
     def settle(self) -> None:
         """Work is done when its call returns."""
 
+    def pace_host(self, elements: int, began: float) -> None:
+        """Sleep until the update has taken as long as at the set rate."""
+        if (ahead := began + elements / self._host_rate - time.perf_counter()) > 0:
+            time.sleep(ahead)
+
 
 def numa_node(index: int) -> int | None:
     """NUMA node of a CUDA device, None where the machine has one node or does not say."""
@@ -170,15 +199,29 @@ def numa_node(index: int) -> int | None:
     return node if node >= 0 else None
 
 
-def open_device() -> Device:
-    """The CUDA device that torch has selected.
+def open_device(stand_in: float | None = None, *, required: bool = True) -> Device:
+    """The CUDA device that torch has selected, or a second pool of host memory where there is none.
+
+    Args:
+        stand_in: GB/s each way of the link to the pool; None means as fast as memory.
+        required: a machine without CUDA is an error unless ``stand_in`` is given.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is no CUDA device where one is required, or one where a stand-in was asked for.
     """
-    if not torch.cuda.is_available():
-        raise UserError(
-            "no CUDA device is visible: optimizer offload moves state between a GPU and its host",
-            fix="run on a GPU machine, or set offload.mode=none",
-        )
-    return CudaDevice(torch.cuda.current_device())
+    if torch.cuda.is_available():
+        if stand_in is not None:
+            raise UserError(
+                f"offload.stand_in={stand_in:g} stands in for a GPU, and this machine has one",
+                fix="remove it",
+            )
+        return CudaDevice(torch.cuda.current_device())
+    if stand_in is not None:
+        rate = stand_in * 1e9
+        return ThrottledDevice(h2d=rate, d2h=rate, duplex=2 * rate)
+    if not required:
+        return ThrottledDevice()
+    raise UserError(
+        "no CUDA device is visible: optimizer offload moves state between a GPU and its host",
+        fix="run on a GPU machine, or give --stand-in a bandwidth",
+    )

@@ -13,7 +13,10 @@ import numpy as np
 from rewarm.data.domain import Domain
 from rewarm.engine.base import Batch
 from rewarm.mixing.draws import rank_slice, sample_hash
+from rewarm.mixing.objective import Objective
 from rewarm.mixing.sampler import Draw, Sampler
+from rewarm.mixing.weight_log import WeightEntry
+from rewarm.mixing.weights import align
 
 PREFETCH_STEPS = 2
 """Steps drawn ahead of the one that trains; new weights take effect after them, whatever the disk's speed."""
@@ -29,6 +32,8 @@ class FedStep:
     """This rank's slice of it."""
     weights: np.ndarray
     """int64 [K]; the integer weights in effect at its first sample."""
+    objective: np.ndarray | None
+    """float64 [K]; shares of the objective at its first sample, None where they are those of the samples."""
     sample_hash: str
 
 
@@ -51,6 +56,7 @@ class Feed:
         rank: which slice is read.
         num_ranks: data-parallel ranks.
         vocab_size: token ids at or above it are refused.
+        objective: what the samples count in the loss; by default each counts once.
     """
 
     def __init__(
@@ -63,8 +69,10 @@ class Feed:
         rank: int,
         num_ranks: int,
         vocab_size: int,
+        objective: Objective | None = None,
     ) -> None:
         self._sampler = sampler
+        self._objective = objective or Objective(sampler.names)
         self._domains = list(domains)
         self._names = [domain.name for domain in domains]
         self._size, self._rank, self._num_ranks = global_batch_size, rank, num_ranks
@@ -81,7 +89,8 @@ class Feed:
         pending = self._ahead.popleft()
         batch = pending.batch.result()
         self._state = pending.state
-        return FedStep(pending.draw, batch, pending.weights, sample_hash(self._names, pending.draw))
+        objective = self._objective.shares(pending.draw.start)
+        return FedStep(pending.draw, batch, pending.weights, objective, sample_hash(self._names, pending.draw))
 
     def peek(self) -> Batch:
         """The batch that :meth:`next` will return, left in place."""
@@ -100,10 +109,12 @@ class Feed:
         """What draws the samples; it is ahead of the step that trains."""
         return self._sampler
 
-    def schedule_weights(self, weights: np.ndarray, at_sample: int) -> None:
-        """Let integer weights take effect at a global sample index from :attr:`first_free_sample` on."""
-        self._sampler.schedule_weights(weights, at_sample)
-        self._scheduled[at_sample] = weights
+    def schedule(self, entry: WeightEntry) -> None:
+        """Let an entry of the weight log take effect, at a sample from :attr:`first_free_sample` on."""
+        weights = align(entry.weights, self._names)
+        self._sampler.schedule_weights(weights, entry.sample)
+        self._scheduled[entry.sample] = weights
+        self._objective.schedule(entry)
 
     def state_dict(self) -> dict[str, Any]:
         """The sampler's state after the last step that :meth:`next` returned, with every change scheduled since."""
@@ -113,7 +124,7 @@ class Feed:
         for sample, weights in self._scheduled.items():
             pending[sample] = dict(zip(self._names, weights.tolist(), strict=True))
         changes = [{"sample": sample, "weights": pending[sample]} for sample in sorted(pending)]
-        return {**self._state, "pending": changes}
+        return {**self._state, "pending": changes, "objective": self._objective.state_dict(index)}
 
     def cursors(self) -> dict[str, int]:
         """Windows drawn of each domain up to the last step that :meth:`next` returned."""
@@ -127,9 +138,11 @@ class Feed:
         weights = self._sampler.weights
         draw = self._sampler.draw(self._size)
         mine = rank_slice(draw, self._rank, self._num_ranks)
-        self._ahead.append(_Pending(draw, weights, self._sampler.state_dict(), self._reader.submit(self._read, mine)))
+        factors = self._objective.factors(mine.start, mine.domains)
+        batch = self._reader.submit(self._read, mine, factors)
+        self._ahead.append(_Pending(draw, weights, self._sampler.state_dict(), batch))
 
-    def _read(self, draw: Draw) -> Batch:
+    def _read(self, draw: Draw, factors: np.ndarray | None) -> Batch:
         tokens: np.ndarray | None = None
         for index in np.unique(draw.domains):
             domain = self._domains[index]
@@ -140,4 +153,4 @@ class Feed:
                 tokens = np.empty((len(draw.domains), windows.shape[1]), dtype=np.int64)
             tokens[rows] = windows
         assert tokens is not None, "a slice is never empty"
-        return Batch(tokens=tokens, domains=draw.domains)
+        return Batch(tokens=tokens, domains=draw.domains, loss_weights=factors)

@@ -104,7 +104,8 @@ def assemble(config: RunConfig, stage: Stage, engine: Engine) -> Run:
         write_run_files(config, stage, started=state is not None)
     engine.barrier()
     entries = engine.broadcast(_weight_log(stage, started=state is not None) if engine.is_main else None)
-    sampler = stage.sampler(None if state is None else state["sampler"], entries)
+    drawn = None if state is None else state["sampler"]
+    sampler = stage.sampler(drawn, entries)
     tracker = Tracker(
         stage.folder,
         config.tracking,
@@ -122,6 +123,7 @@ def assemble(config: RunConfig, stage: Stage, engine: Engine) -> Run:
         rank=engine.data_parallel_rank,
         num_ranks=engine.data_parallel_size,
         vocab_size=stage.architecture.vocab_size,
+        objective=stage.objective(drawn, entries),
     )
     schedule = LearningRate(config.schedule, config.total_tokens, config.tokens_per_step)
     run = Run(config, stage, engine, feed, schedule, tracker)
@@ -135,10 +137,8 @@ def _weight_log(stage: Stage, *, started: bool) -> list[WeightEntry]:
     """The entries of the run's weight log, which a new run begins with the weights of its first sample."""
     weight_log = WeightLog(stage.folder / "mixture.jsonl")
     if not started:
-        weights = dict(zip(stage.names, stage.initial_weights.tolist(), strict=True))
-        weight_log.append(0, weights, f"start: {stage.config.mixture.mixer}")
         for entry in stage.planned:
-            weight_log.append(entry.sample, entry.weights, entry.reason)
+            weight_log.append(entry.sample, entry.weights, entry.reason, entry.objective)
     return weight_log.entries()
 
 

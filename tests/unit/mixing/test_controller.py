@@ -29,6 +29,7 @@ TARGETS = {"a": 1.5, "b": 1.9, "c": 2.7}
 MIXTURES: dict[str, dict[str, Any]] = {
     "velocitune": {"mixer": "velocitune", "velocitune": {"targets": TARGETS}},
     "dynamic_batch_loading": {"mixer": "dynamic_batch_loading", "dynamic_batch_loading": {"targets": TARGETS}},
+    "doremi": {"mixer": "doremi", "doremi": {"reference": {"a": 2.0, "b": 2.2, "c": 2.4}}},
     "odm": {"mixer": "odm", "odm": {"warmup": "4 steps"}},
     "ado": {"mixer": "ado", "ado": {"warmup": "4 steps"}},
     "skill_it": {"mixer": "skill_it", "skill_it": {"graph": {"a": {"a": 1}, "b": {"b": 1, "c": 0.5}}}},
@@ -91,7 +92,8 @@ class Loop:
                     losses["b"] = math.nan
                 at = (self.step + AHEAD) * BATCH
                 change = self.controller.propose(self.step, losses, at, self.sampler, self.log)
-                self.sampler.schedule_weights(*self.controller.commit(change, self.log))
+                entry = self.controller.commit(change, self.log)
+                self.sampler.schedule_weights(align(entry.weights, self.sampler.names), entry.sample)
 
 
 @pytest.mark.parametrize("name", MIXTURES)
@@ -119,10 +121,12 @@ def test_killed_and_resumed_it_follows_the_log(
     assert [(e.sample, e.reason) for e in found] == [(e.sample, e.reason) for e in expected]
     slack = 0 if jitter == 0 else 1000
     for mine, theirs in zip(found, expected, strict=True):
-        assert all(abs(mine.weights[name] - theirs.weights[name]) <= slack for name in mine.weights)
+        for ours, others in ((mine.weights, theirs.weights), (mine.objective or {}, theirs.objective or {})):
+            assert ours.keys() == others.keys()
+            assert all(abs(ours[name] - others[name]) <= slack for name in ours)
 
 
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("name", MIXTURES.keys() - {"doremi"})
 def test_weights_change_sum_up_and_leave_replay_alone(name: str, tmp_path: Path) -> None:
     loop = Loop(MIXTURES[name], tmp_path)
     loop.train(TOTAL_STEPS)
@@ -142,6 +146,32 @@ def test_weights_follow_the_rule_within_the_part_that_replay_leaves(tmp_path: Pa
     powers = np.exp(list(velocity.values()))
     expected = 0.75 * powers / powers.sum()
     assert np.array(list(loop.log.entries()[-1].weights.values()))[:3] / TOTAL == pytest.approx(expected, abs=1e-8)
+
+
+def test_doremi_moves_the_objective_by_the_excess_and_leaves_the_samples(tmp_path: Path) -> None:
+    loop = Loop({**MIXTURES["doremi"], "weights": {"a": 3, "b": 2, "c": 1}}, tmp_path)
+    loop.train(8)
+    first, *updates = loop.log.entries()
+    assert [entry.weights for entry in updates] == [first.weights] * 2
+    assert first.objective is None
+    expected = np.array([3, 2, 1]) / 6
+    for step, entry in zip((4, 8), updates, strict=True):
+        losses = losses_at(step)
+        excess = [max(losses["a"] - 2.0, 0), max(losses["b"] - 2.2, 0), max(losses["c"] - 2.4, 0)]
+        expected = expected * np.exp(excess)
+        expected = 0.999 * expected / expected.sum() + 0.001 / 3
+        assert entry.objective is not None
+        shares = np.array(list(entry.objective.values())) / TOTAL
+        # Replay has a quarter of the samples and keeps it in the loss.
+        assert shares == pytest.approx([*(0.75 * expected), 0.25], abs=1e-8)
+
+
+def test_a_fixed_objective_goes_along_with_every_change_of_the_samples(tmp_path: Path) -> None:
+    loop = Loop({**MIXTURES["velocitune"], "objective": {"a": 1, "b": 1, "c": 2}}, tmp_path)
+    loop.train(16, broken=frozenset({12}))
+    for entry in loop.log.entries()[1:]:
+        assert entry.objective is not None
+        assert np.array(list(entry.objective.values())) / TOTAL == pytest.approx([0.1875, 0.1875, 0.375, 0.25])
 
 
 def test_a_failed_evaluation_keeps_the_weights_and_is_logged(tmp_path: Path) -> None:

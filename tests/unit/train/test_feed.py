@@ -11,8 +11,10 @@ from rewarm.config.data import DomainConfig
 from rewarm.data.domain import Domain, open_domain
 from rewarm.data.indexed import IndexedWriter, token_dtype
 from rewarm.errors import UserError
+from rewarm.mixing.objective import Objective, objective_weights
 from rewarm.mixing.sampler import SampledDomain, Sampler
-from rewarm.mixing.weights import quantise
+from rewarm.mixing.weight_log import WeightEntry
+from rewarm.mixing.weights import TOTAL, quantise
 from rewarm.train.feed import PREFETCH_STEPS, Feed
 
 LENGTH, BATCH = 8, 12
@@ -62,8 +64,14 @@ def test_ranks_read_disjoint_parts_of_the_single_process_batch(domains: list[Dom
         np.testing.assert_array_equal(np.concatenate([part.batch.tokens for part in parts]), whole.batch.tokens)
         np.testing.assert_array_equal(np.concatenate([part.batch.domains for part in parts]), whole.batch.domains)
         assert len({tuple(row) for row in whole.batch.tokens.tolist()}) == 48
+        change = entry(alone.first_free_sample + 5, [step + 1.0, 2.0, 0.5])
         for one in (alone, *ranks):
-            one.schedule_weights(quantise([step + 1.0, 2.0, 0.5]), alone.first_free_sample + 5)
+            one.schedule(change)
+
+
+def entry(at_sample: int, weights: list[float]) -> WeightEntry:
+    """A line of the weight log for the three domains."""
+    return WeightEntry(at_sample, dict(zip(("d0", "d1", "d2"), quantise(weights).tolist(), strict=True)), "")
 
 
 PHASES = [(3 * BATCH, [0.0, 1.0, 3.0]), (5 * BATCH + 7, [1.0, 0.0, 0.0]), (8 * BATCH, [1.0, 1.0, 1.0])]
@@ -86,7 +94,7 @@ def test_killed_at_any_step_around_the_phase_boundaries_the_samples_are_the_same
         hashes = []
         for step in range(first, steps):
             if step in decided:
-                one.schedule_weights(quantise(decided[step]), one.first_free_sample)
+                one.schedule(entry(one.first_free_sample, decided[step]))
             states.append(json.dumps(one.state_dict()))
             hashes.append(one.next().sample_hash)
         return hashes
@@ -129,7 +137,7 @@ def test_new_weights_take_effect_after_every_prefetch_and_survive_a_restore(doma
     one.next()
     at_sample = one.first_free_sample
     assert at_sample == BATCH * (1 + PREFETCH_STEPS + 1)
-    one.schedule_weights(quantise([0.0, 0.0, 1.0]), at_sample)
+    one.schedule(WeightEntry(at_sample, {"d0": 0, "d1": 0, "d2": TOTAL}, ""))
     restored = sampler(domains)
     restored.load_state_dict(one.state_dict())
     again = Feed(restored, domains, global_batch_size=BATCH, total_samples=10**6, rank=0, num_ranks=1, vocab_size=60000)
@@ -137,6 +145,43 @@ def test_new_weights_take_effect_after_every_prefetch_and_survive_a_restore(doma
         fed, other = one.next(), again.next()
         assert fed.sample_hash == other.sample_hash
         assert (set(fed.batch.domains.tolist()) == {2}) == (step * BATCH >= at_sample)
+
+
+def test_factors_reach_the_right_windows_on_every_rank_and_survive_a_restore(domains: list[Domain]) -> None:
+    """An objective that begins and one that ends inside batches."""
+    names = [domain.name for domain in domains]
+    weights = dict(zip(names, sampler(domains).weights.tolist(), strict=True))
+
+    def schedule(one: Feed) -> Feed:
+        one.schedule(WeightEntry(5, weights, "", objective_weights({"d0": 1, "d2": 1}, weights)))
+        one.schedule(WeightEntry(3 * BATCH + 7, weights, ""))
+        return one
+
+    alone = schedule(feed(domains))
+    ranks = [schedule(feed(domains, rank, 3)) for rank in range(3)]
+    expected = np.array([0.35 / 0.5, 1.0, 0.35 / 0.2])
+    for step in range(5):
+        fed, parts = alone.next(), [one.next().batch.loss_weights for one in ranks]
+        if step == 4:
+            assert fed.batch.loss_weights is None and fed.objective is None and parts == [None] * 3
+            break
+        place = step * BATCH + np.arange(BATCH)
+        held = np.where((place >= 5) & (place < 3 * BATCH + 7), expected[fed.draw.domains], 1.0)
+        np.testing.assert_allclose(fed.batch.loss_weights, held, rtol=1e-8)
+        pieces = [np.ones(4) if part is None else part for part in parts]
+        np.testing.assert_array_equal(np.concatenate(pieces), fed.batch.loss_weights)
+        if step == 1:
+            state = json.loads(json.dumps(alone.state_dict()))
+            restored = sampler(domains)
+            restored.load_state_dict(state)
+            objective = Objective(names)
+            objective.load_state_dict(state["objective"])
+            again = Feed(
+                restored, domains, global_batch_size=BATCH, total_samples=10**6, rank=0, num_ranks=1,
+                vocab_size=60000, objective=objective,
+            )  # fmt: skip
+        if step > 1:
+            np.testing.assert_array_equal(again.next().batch.loss_weights, fed.batch.loss_weights)
 
 
 def test_peek_leaves_the_batch_in_place(domains: list[Domain]) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from rewarm.config.mixture import (
     ADOConfig,
     AioliConfig,
+    DoReMiConfig,
     DynamicBatchLoadingConfig,
     MixtureConfig,
     ODMConfig,
@@ -21,6 +22,7 @@ from rewarm.errors import UserError
 from rewarm.mixing.mixers.ado import ADOMixer
 from rewarm.mixing.mixers.aioli import AioliRounds
 from rewarm.mixing.mixers.base import Mixer, by_domain
+from rewarm.mixing.mixers.doremi import DoReMiMixer
 from rewarm.mixing.mixers.dynamic_batch_loading import DynamicBatchLoadingMixer
 from rewarm.mixing.mixers.fixed import StaticMixer
 from rewarm.mixing.mixers.odm import ODMMixer
@@ -29,7 +31,11 @@ from rewarm.mixing.mixers.velocitune import VelocituneMixer
 
 
 def build_mixer(
-    mixture: MixtureConfig, names: Sequence[str], weights: np.ndarray, steps: Callable[[str], int]
+    mixture: MixtureConfig,
+    names: Sequence[str],
+    weights: np.ndarray,
+    steps: Callable[[str], int],
+    reference: Callable[[str], Mapping[str, float]] = lambda place: {},
 ) -> Mixer:
     """The mixer of a stage's new domains.
 
@@ -38,6 +44,7 @@ def build_mixer(
         names: the new domains.
         weights: float64 [K], the fractions that the stage starts with.
         steps: a duration in whole steps of the stage.
+        reference: losses of the reference model that a path names, by domain.
 
     Raises:
         UserError: if a setting names a domain that does not exist, or a file of targets cannot be read.
@@ -52,6 +59,10 @@ def build_mixer(
     if isinstance(settings, DynamicBatchLoadingConfig):
         targets = by_domain(load_targets(settings.targets), names, "mixture.dynamic_batch_loading.targets")
         return DynamicBatchLoadingMixer(names, weights, targets, step_size=settings.step_size, floor=settings.floor)
+    if isinstance(settings, DoReMiConfig):
+        given = settings.reference
+        losses = by_domain(reference(given) if isinstance(given, str) else given, names, "mixture.doremi.reference")
+        return DoReMiMixer(names, weights, losses, step_size=settings.step_size, floor=settings.floor)
     if isinstance(settings, ODMConfig):
         return ODMMixer(names, weights, decay=settings.decay, warmup=steps(settings.warmup))
     if isinstance(settings, ADOConfig):
