@@ -100,6 +100,8 @@ def test_killed_on_two_ranks_and_resumed_on_one_the_weight_log_is_the_same(place
     assert [entry["sample"] for entry in decided] == [0, *planned, *(at for at in evaluated if at not in planned)]
     assert all(sum(entry["weights"].values()) == TOTAL for entry in decided)
     assert len({json.dumps(entry["weights"]) for entry in decided}) > 2
+    if mixer == "aioli":
+        assert any("mixture from" in entry["reason"] for entry in decided)
 
     place.train(1, *settings)
     assert place.lines(mixer, "mixture.jsonl") == decided

@@ -64,8 +64,14 @@ def test_ranks_read_disjoint_parts_of_the_single_process_batch(domains: list[Dom
         np.testing.assert_array_equal(np.concatenate([part.batch.tokens for part in parts]), whole.batch.tokens)
         np.testing.assert_array_equal(np.concatenate([part.batch.domains for part in parts]), whole.batch.domains)
         assert len({tuple(row) for row in whole.batch.tokens.tolist()}) == 48
+        change = entry(alone.first_free_sample + 5, [step + 1.0, 2.0, 0.5])
         for one in (alone, *ranks):
-            one.schedule_weights(quantise([step + 1.0, 2.0, 0.5]), alone.first_free_sample + 5)
+            one.schedule(change)
+
+
+def entry(at_sample: int, weights: list[float]) -> WeightEntry:
+    """A line of the weight log for the three domains."""
+    return WeightEntry(at_sample, dict(zip(("d0", "d1", "d2"), quantise(weights).tolist(), strict=True)), "")
 
 
 PHASES = [(3 * BATCH, [0.0, 1.0, 3.0]), (5 * BATCH + 7, [1.0, 0.0, 0.0]), (8 * BATCH, [1.0, 1.0, 1.0])]
@@ -88,7 +94,7 @@ def test_killed_at_any_step_around_the_phase_boundaries_the_samples_are_the_same
         hashes = []
         for step in range(first, steps):
             if step in decided:
-                one.schedule_weights(quantise(decided[step]), one.first_free_sample)
+                one.schedule(entry(one.first_free_sample, decided[step]))
             states.append(json.dumps(one.state_dict()))
             hashes.append(one.next().sample_hash)
         return hashes
