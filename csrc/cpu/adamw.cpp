@@ -22,55 +22,90 @@ struct State {
     bool stream;  // write `out` past the caches
 };
 
-constexpr int64_t BLOCK = 1024;  // elements; their 16-bit copy stays in the first-level cache until it is streamed
+template <int GRAD>
+REWARM_INLINE void prefetch_grad(const void* grad, int64_t first) {
+    if (GRAD == FLOAT32) prefetch_tile(static_cast<const float*>(grad), first);
+    else prefetch_tile(static_cast<const uint16_t*>(grad), first);
+}
 
 template <int GRAD, int OUT>
-REWARM_INLINE void update_block(const State& s, const rewarm_adamw_step& step, int64_t begin, int64_t end, void* out) {
-    float* __restrict__ master = s.master;
-    float* __restrict__ moment1 = s.moment1;
-    float* __restrict__ moment2 = s.moment2;
+REWARM_INLINE void update_run(const State& s, const rewarm_adamw_step& step, int64_t first, int64_t count, void* out) {
+    float* __restrict__ master = s.master + first;
+    float* __restrict__ moment1 = s.moment1 + first;
+    float* __restrict__ moment2 = s.moment2 + first;
 #pragma GCC ivdep
-    for (int64_t i = begin; i < end; i++) {
+    for (int64_t i = 0; i < count; i++) {
         float p = master[i], m = moment1[i], v = moment2[i];
-        adamw(step, load<GRAD>(s.grad, i), p, m, v);
+        adamw(step, load<GRAD>(s.grad, first + i), p, m, v);
         master[i] = p;
         moment1[i] = m;
         moment2[i] = v;
-        if (OUT != NONE) store<OUT>(out, i - begin, p);
+        if (OUT != NONE) store<OUT>(out, i, p);
     }
+}
+
+// Elements before the first that begins a whole tile of `out`.
+REWARM_INLINE int64_t before_tiles(const State& s, int64_t begin, int64_t end) {
+    const int64_t place = int64_t(reinterpret_cast<uintptr_t>(static_cast<uint16_t*>(s.out) + begin) / 2 % TILE);
+    return std::min(end - begin, (TILE - place) % TILE);
 }
 
 template <int GRAD, int OUT>
 REWARM_INLINE void update(const State& s, const rewarm_adamw_step& step, int64_t begin, int64_t end) {
-    if (OUT == NONE) return update_block<GRAD, OUT>(s, step, begin, end, nullptr);
-    alignas(64) uint16_t copy[BLOCK];
-    for (int64_t first = begin; first < end; first += BLOCK) {
-        const int64_t last = std::min(first + BLOCK, end);
-        uint16_t* target = static_cast<uint16_t*>(s.out) + first;
-        update_block<GRAD, OUT>(s, step, first, last, s.stream ? copy : target);
-        if (s.stream) stream_copy(target, copy, last - first);
+    uint16_t* out = static_cast<uint16_t*>(s.out);
+    int64_t first = begin;
+    if (OUT != NONE) {
+        const int64_t head = before_tiles(s, begin, end);
+        update_run<GRAD, OUT>(s, step, begin, head, out + begin);
+        first += head;
     }
-    if (s.stream) stream_fence();
+    alignas(64) uint16_t copy[TILE];
+    for (; first + TILE <= end; first += TILE) {
+        const int64_t ahead = first + PREFETCH_TILES * TILE;
+        prefetch_tile(s.master, ahead);
+        prefetch_tile(s.moment1, ahead);
+        prefetch_tile(s.moment2, ahead);
+        prefetch_grad<GRAD>(s.grad, ahead);
+        update_run<GRAD, OUT>(s, step, first, TILE, s.stream ? copy : out + first);
+        if (OUT != NONE && s.stream) stream_copy(out + first, copy, TILE);
+    }
+    update_run<GRAD, OUT>(s, step, first, end - first, out + first);
+    if (OUT != NONE && s.stream) stream_fence();
 }
 
 template <int GRAD>
-REWARM_INLINE void update_split(const State& s, const rewarm_adamw_step& step, int64_t begin, int64_t end) {
-    uint16_t* __restrict__ high = s.high;
-    uint16_t* __restrict__ low = s.low;
-    float* __restrict__ moment1 = s.moment1;
-    float* __restrict__ moment2 = s.moment2;
+REWARM_INLINE void update_split_run(const State& s, const rewarm_adamw_step& step, int64_t first, int64_t count) {
+    uint16_t* __restrict__ high = s.high + first;
+    uint16_t* __restrict__ low = s.low + first;
+    float* __restrict__ moment1 = s.moment1 + first;
+    float* __restrict__ moment2 = s.moment2 + first;
 #pragma GCC ivdep
-    for (int64_t i = begin; i < end; i++) {
+    for (int64_t i = 0; i < count; i++) {
         float v = moment2[i], m = moment1[i];
         float p = join(high[i], low[i], sign_of(v));
         v = with_sign(v, false);
-        adamw(step, load<GRAD>(s.grad, i), p, m, v);
+        adamw(step, load<GRAD>(s.grad, first + i), p, m, v);
         const Split parts = split(p);
         high[i] = parts.high;
         low[i] = parts.low;
         moment1[i] = m;
         moment2[i] = with_sign(v, parts.tie_up);
     }
+}
+
+template <int GRAD>
+REWARM_INLINE void update_split(const State& s, const rewarm_adamw_step& step, int64_t begin, int64_t end) {
+    int64_t first = begin;
+    for (; first + TILE <= end; first += TILE) {
+        const int64_t ahead = first + PREFETCH_TILES * TILE;
+        prefetch_tile(s.high, ahead);
+        prefetch_tile(s.low, ahead);
+        prefetch_tile(s.moment1, ahead);
+        prefetch_tile(s.moment2, ahead);
+        prefetch_grad<GRAD>(s.grad, ahead);
+        update_split_run<GRAD>(s, step, first, TILE);
+    }
+    update_split_run<GRAD>(s, step, first, end - first);
 }
 
 template <int GRAD, int OUT>

@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "parallel.h"
+#include "stream.h"
 
 namespace rewarm {
 namespace {
@@ -97,18 +98,28 @@ struct SumBlocks {
     }
 };
 
+template <bool PREFETCH>
 struct InPlaceProbe {
     const float* __restrict__ grad;
     float* __restrict__ a;
     float* __restrict__ b;
     float* __restrict__ c;
     REWARM_INLINE void operator()(int64_t begin, int64_t end) const {
+        for (int64_t first = begin; first < end; first += TILE) {
+            const int64_t ahead = first + PREFETCH_TILES * TILE, last = std::min(first + TILE, end);
+            if (PREFETCH) {
+                prefetch_tile(grad, ahead);
+                prefetch_tile(a, ahead);
+                prefetch_tile(b, ahead);
+                prefetch_tile(c, ahead);
+            }
 #pragma GCC ivdep
-        for (int64_t i = begin; i < end; i++) {
-            const float g = grad[i];
-            a[i] += g;
-            b[i] += g;
-            c[i] += g;
+            for (int64_t i = first; i < last; i++) {
+                const float g = grad[i];
+                a[i] += g;
+                b[i] += g;
+                c[i] += g;
+            }
         }
     }
 };
@@ -169,8 +180,11 @@ double rewarm_sum_squares(int64_t elements, const void* source, int type, double
 }
 
 // Four reads and three writes per element in place, as AdamW does, with next to no arithmetic: the limit to compare
-// an update's bandwidth with.
-void rewarm_probe_in_place(int64_t elements, const float* grad, float* a, float* b, float* c, int threads) {
-    rewarm::run(rewarm::InPlaceProbe{grad, a, b, c}, elements, threads);
+// an update's bandwidth with. Which of the two, with software prefetch or without, is faster depends on the processor.
+void rewarm_probe_in_place(int64_t elements, const float* grad, float* a, float* b, float* c, int prefetch,
+                           int threads) {
+    using namespace rewarm;
+    if (prefetch) run(InPlaceProbe<true>{grad, a, b, c}, elements, threads);
+    else run(InPlaceProbe<false>{grad, a, b, c}, elements, threads);
 }
 }

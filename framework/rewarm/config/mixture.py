@@ -146,6 +146,26 @@ class SkillItConfig(Section):
     """Evaluations whose losses are summed."""
 
 
+class AioliConfig(Section):
+    """Weights from how much training on each domain lowers every loss, measured by probes (Chen et al. 2024).
+
+    At each evaluation of a round's first part another domain's probe begins; then the mixture that they ask for holds.
+    The probes are ordinary training steps of the run.
+    """
+
+    step_size: float = Field(0.2, gt=0)
+    """Factor before the exponential; 0.1 to 0.5 in the published runs."""
+    probe_share: float = Field(0.625, gt=0, le=1)
+    """Share of the probed domain among the new ones, above an equal share; the others divide the rest. The published
+    runs take 0.5 to 0.625."""
+    probes_per_domain: int = Field(4, ge=1)
+    """Probes of each domain in a round, one evaluation interval each; 4 in the published runs."""
+    hold: int = Field(16, ge=1)
+    """Evaluations that the mixture holds before the next round of probes."""
+    matrix_decay: float = Field(0.0, ge=0, lt=1)
+    """Share of the older rounds' measurements that each round keeps."""
+
+
 MIXER_SECTIONS: dict[str, type[Section]] = {
     "temperature": TemperatureConfig,
     "unimax": UniMaxConfig,
@@ -156,10 +176,11 @@ MIXER_SECTIONS: dict[str, type[Section]] = {
     "odm": ODMConfig,
     "ado": ADOConfig,
     "skill_it": SkillItConfig,
+    "aioli": AioliConfig,
 }
 """The section of each mixer that has settings."""
 
-CLOSED_LOOP = frozenset({"velocitune", "dynamic_batch_loading", "doremi", "odm", "ado", "skill_it"})
+CLOSED_LOOP = frozenset({"velocitune", "dynamic_batch_loading", "doremi", "odm", "ado", "skill_it", "aioli"})
 """Mixers that are updated at evaluations."""
 
 
@@ -168,11 +189,12 @@ class MixtureConfig(Section):
 
     mixer: Literal[
         "static", "proportional", "temperature", "unimax", "phased",
-        "velocitune", "dynamic_batch_loading", "doremi", "odm", "ado", "skill_it",
+        "velocitune", "dynamic_batch_loading", "doremi", "odm", "ado", "skill_it", "aioli",
     ] = "static"  # fmt: skip
     """static: the given weights. proportional: by each domain's tokens. temperature, unimax: between proportional and
-    equal. phased: one blend after the other. velocitune, dynamic_batch_loading, odm, ado, skill_it: weights that follow
-    the losses, see their sections. doremi: static weights of the samples, and weights of the loss that follow it."""
+    equal. phased: one blend after the other. velocitune, dynamic_batch_loading, odm, ado, skill_it, aioli: weights that
+    follow the losses, see their sections. doremi: static weights of the samples, and weights of the loss that follow
+    it."""
     weights: dict[str, float] | None = None
     """Weight of each domain at the start, any positive scale; null means equal weights (ado: by tokens). Refused by the
     mixers that compute them: proportional, temperature and unimax."""
@@ -199,6 +221,8 @@ class MixtureConfig(Section):
     """Settings of mixer ado."""
     skill_it: SkillItConfig | None = None
     """Settings of mixer skill_it."""
+    aioli: AioliConfig | None = None
+    """Settings of mixer aioli."""
 
     @field_validator("weights")
     @classmethod

@@ -141,6 +141,15 @@ class Engine(ABC):
         """
 
     @abstractmethod
+    def save_portable(self, folder: Path) -> None:
+        """Write what :meth:`load_portable` of either engine reads: fp32 parameters, moments and the count of updates,
+        into an existing empty folder. In one process only."""
+
+    @abstractmethod
+    def load_portable(self, folder: Path) -> None:
+        """Go on from what :meth:`save_portable` of either engine wrote. In one process only."""
+
+    @abstractmethod
     def rng_state(self) -> Any:
         """This rank's random state, picklable; what :meth:`set_rng_state` restores."""
 

@@ -47,6 +47,7 @@ class MixtureController:
         replayed: proportion of each replayed domain; they follow the new domains in every per-domain array.
         replay_fraction: their share of all samples.
         total_samples: of the stage; epoch caps are kept over what is left of them.
+        held_out: content of each domain's held-out slice. It is part of the state, because other text has other losses.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class MixtureController:
         replayed: Mapping[str, float],
         replay_fraction: float,
         total_samples: int,
+        held_out: Mapping[str, str],
     ) -> None:
         self.mixer = mixer
         self.is_active = mixture.is_updated
@@ -65,6 +67,8 @@ class MixtureController:
         self._phases = {number: phase for number, phase in enumerate(mixture.phases) if phase.loss_below is not None}
         self._replayed, self._replay_fraction = dict(replayed), replay_fraction
         self._total_samples = total_samples
+        watched = {name for phase in self._phases.values() for name in phase.loss_below or {}}
+        self._held_out = {name: held_out[name] for name in held_out if name in {*mixer.names, *watched}}
         self._loss_sums = np.zeros(len(mixer.names))
         self._counts = np.zeros(len(mixer.names), dtype=np.int64)
         self._begun: list[int] = []
@@ -92,7 +96,8 @@ class MixtureController:
         """Decide at an evaluation. On the main rank only; nothing but this controller changes; :meth:`commit` tells
         the others.
 
-        A loss that is not finite leaves the weights as they are, and the log says so. An entry that the log holds for
+        A loss that is not finite leaves the weights as they are, and the log says so; the training since the last
+        update is then part of the next one. An entry that the log holds for
         the same sample, from before an interruption, is followed whatever would be computed now.
 
         Args:
@@ -111,11 +116,11 @@ class MixtureController:
             shares, reason = self._decide(step, losses)
             if not self.mixer.steers_objective:
                 shares, reason = self._capped(shares, reason, at_sample, sampler)
+            self._loss_sums[:], self._counts[:] = 0.0, 0
         logged = log.at(at_sample)
         entry = logged if logged is not None else self._entry(at_sample, shares, reason, sampler)
         self._adopt(entry, sampler)
         self.last_step = step
-        self._loss_sums[:], self._counts[:] = 0.0, 0
         return Change(entry, self.state_dict(), logged is not None)
 
     def _entry(self, at_sample: int, shares: np.ndarray | None, reason: str, sampler: Sampler) -> WeightEntry:
@@ -153,10 +158,22 @@ class MixtureController:
             "token_counts": self._counts.tolist(),
             "begun": self._begun,
             "last_step": self.last_step,
+            "held_out": self._held_out,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what :meth:`state_dict` gave."""
+        """Continue from what :meth:`state_dict` gave.
+
+        Raises:
+            UserError: if the held-out text of a domain that steers the weights is not what it was.
+        """
+        for name, content in state["held_out"].items():
+            if self._held_out.get(name) != content:
+                raise UserError(
+                    f"the held-out text of domain {name!r} changed since the checkpoint, and the weights follow its "
+                    "loss",
+                    fix="restore the held-out files, or start a new stage with this run as parent",
+                )
         self.mixer.load_state_dict(state["mixer"])
         self._loss_sums = np.array(state["loss_sums"], dtype=np.float64)
         self._counts = np.array(state["token_counts"], dtype=np.int64)

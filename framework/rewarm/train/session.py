@@ -10,6 +10,7 @@ from rewarm.checkpoint.distributed import find_checkpoint, find_damage, read_sta
 from rewarm.config.run import RunConfig
 from rewarm.engine.base import Engine
 from rewarm.errors import UserError
+from rewarm.mixing.mixers.build import with_targets
 from rewarm.mixing.weight_log import WeightEntry, WeightLog
 from rewarm.resilience.health import check_device, check_nodes
 from rewarm.resilience.lock import RunLock
@@ -42,6 +43,7 @@ def run_session(config: RunConfig) -> None:
 
     ranks = find_ranks()
     check_device()
+    config = config.model_copy(update={"mixture": with_targets(config.mixture)})
     stage = resolve_stage(config, ranks.world_size)
     lock = RunLock(prepare_folder(config)) if ranks.rank == 0 else None
     try:

@@ -124,6 +124,7 @@ class Stage:
             replayed=dict(zip(self.names[num_new:], self.initial_weights[num_new:].tolist(), strict=True)),
             replay_fraction=config.replay.fraction,
             total_samples=config.total_steps * config.batch.global_batch_size,
+            held_out={domain.name: domain.held_out_fingerprint for domain in self.trained},
         )
 
     def _max_epochs(self, name: str) -> float | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from rewarm import versions
 from rewarm.engine import device
+from rewarm.errors import UserError
 
 
 def load_deepspeed() -> Any:
@@ -57,6 +58,34 @@ def adopt_process_group(deepspeed: Any) -> None:
     deepspeed.init_distributed(
         dist_backend=device.communication_backend(), auto_mpi_discovery=False, verbose=False, dist_init_required=True
     )
+
+
+def initialize(deepspeed: Any, module: Any, optimizer: Any, values: dict[str, Any], source: str | None) -> Any:
+    """What ``deepspeed.initialize`` wraps the model in.
+
+    Args:
+        deepspeed: the module.
+        module: the model.
+        optimizer: over its parameters.
+        values: the DeepSpeed configuration.
+        source: the user's file that was merged into it, if any.
+
+    Raises:
+        UserError: if DeepSpeed refuses a key that the user's file added.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return deepspeed.initialize(model=module, optimizer=optimizer, config=values, dist_init_required=False)[0]
+    except ValidationError as error:
+        if source is None:
+            raise
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise UserError(
+            f"DeepSpeed refuses {key}={first['input']!r}: {first['msg']}",
+            fix=f"mend it in deepspeed.json_file={source}",
+        ) from error
 
 
 def leave_process_group() -> None:

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-WEIGHT = "weight"
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from rewarm.engine.portable import MOMENTS, WEIGHT
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import numpy as np
 
 from rewarm.config.mixture import (
     ADOConfig,
+    AioliConfig,
     DoReMiConfig,
     DynamicBatchLoadingConfig,
     MixtureConfig,
@@ -19,6 +20,7 @@ from rewarm.config.mixture import (
 )
 from rewarm.errors import UserError
 from rewarm.mixing.mixers.ado import ADOMixer
+from rewarm.mixing.mixers.aioli import AioliRounds
 from rewarm.mixing.mixers.base import Mixer, by_domain
 from rewarm.mixing.mixers.doremi import DoReMiMixer
 from rewarm.mixing.mixers.dynamic_batch_loading import DynamicBatchLoadingMixer
@@ -72,7 +74,24 @@ def build_mixer(
     if isinstance(settings, SkillItConfig):
         graph = graph_matrix(settings.graph, names)
         return SkillItMixer(names, weights, graph, step_size=settings.step_size, memory=settings.memory)
+    if isinstance(settings, AioliConfig):
+        return AioliRounds(names, weights, **settings.model_dump())
     return StaticMixer(names, weights)
+
+
+def with_targets(mixture: MixtureConfig) -> MixtureConfig:
+    """The section with a file of targets replaced by what it says.
+
+    A run keeps the numbers, not the name of the file: changed between two resumes it is another stage.
+
+    Raises:
+        UserError: as :func:`load_targets`.
+    """
+    settings = mixture.settings
+    if not isinstance(settings, VelocituneConfig | DynamicBatchLoadingConfig):
+        return mixture
+    resolved = settings.model_copy(update={"targets": load_targets(settings.targets)})
+    return mixture.model_copy(update={mixture.mixer: resolved})
 
 
 def load_targets(targets: Mapping[str, float] | str) -> dict[str, float]:
