@@ -1,5 +1,6 @@
 """Both engines and a bare transformers.Trainer on the same tiny model: tokens per CPU-second, memory, start-up.
 
+    pip install accelerate      # which the Trainer needs
     python scripts/benchmarks/engines.py [--rounds 7] [--steps 4]
 
 Every contender is a process of its own on one CPU thread. Each is started once; then they take turns, a round being a

@@ -1,9 +1,11 @@
 """Measured against predicted update time of several placements, with real threads and copies.
 
-    python scripts/benchmarks/offload.py --link 1.5 --elements 48000000 --threads 1
+    python scripts/benchmarks/offload.py --link 0.5 --host 0.1 --elements 24000000 --subgroup 1000000
 
-Without a GPU the device is a stand-in behind a link of the given bandwidth (GB/s each way); with one, leave --link out.
-The machine is measured first; each placement's update is then timed over some rounds and held against the simulator.
+Without a GPU the device is a stand-in behind a link of the given bandwidth (GB/s each way) and the host's update is
+slowed to the given rate (G parameters/s), so that lanes mostly sleep and do not fight for the few cores; with a GPU,
+leave both out. The device has room for its slots only, so that nothing can rest there. The machine is measured first;
+each placement's update is then timed over some rounds and held against the simulator.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ def main() -> None:
     """Parse the command line, measure, run, and print one line per placement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--link", type=float, help="GB/s each way of the stand-in for a GPU")
+    parser.add_argument("--host", type=float, default=float("inf"), help="G parameters/s of the host beside it")
     parser.add_argument("--elements", type=int, default=48_000_000)
     parser.add_argument("--subgroup", type=int, default=2_000_000)
     parser.add_argument("--threads", type=int, default=1)
@@ -37,19 +40,24 @@ def main() -> None:
     from rewarm.offload.routes import Job, Placement, Route
 
     rate = (options.link or 0) * 1e9
-    device = ThrottledDevice(h2d=rate, d2h=rate, duplex=2 * rate) if options.link else open_device()
+    stand_in = {"h2d": rate, "d2h": rate, "duplex": 2 * rate, "host_rate": options.host * 1e9}
+    device = ThrottledDevice(**stand_in) if options.link else open_device()
     paths = [options.nvme] if options.nvme else []
-    profile = measure(device, threads=options.threads, seconds=options.seconds, nvme_paths=paths, device_free=1e9)
-    machine = profile.machine(size=options.subgroup, device_free_backward=1e12)
+    profile = measure(device, threads=options.threads, seconds=options.seconds, nvme_paths=paths)
+    slots = 3
+    machine = profile.machine(
+        size=options.subgroup, device_free=(slots + 0.5) * 12 * options.subgroup, device_free_backward=1e12
+    )
     job = Job(options.elements, forward=1e-6, backward=1e-6)
     count = -(-options.elements // options.subgroup)
     third = count // 3
+    second = tuple(Route.STREAMED if i % 2 else Route.CPU for i in range(count))
     placements = [
         Placement((Route.CPU,) * count, name="all on the CPU"),
         Placement((Route.STREAMED,) * count, name="all streamed"),
         Placement((Route.STREAMED,) * count, split=True, name="all streamed, split master"),
-        Placement(interleave({Route.CPU: count - third, Route.STREAMED: third}), name="one third streamed"),
-        search(machine, job, count)[0].placement.renamed("chosen"),
+        Placement(second, name="every second one streamed"),
+        search(machine, job, count, slots=slots)[0].placement.renamed("chosen"),
     ]
     if paths:
         stored = interleave({Route.CPU: count - third, Route.NVME_STREAMED: third})

@@ -20,7 +20,13 @@ from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["rewarm.engine.megatron.engine", "transformers.models.llama.modeling_llama", "ranks.workers"]
+    [
+        "rewarm.engine.megatron.engine",
+        "rewarm.train.session",
+        "transformers.models.llama.modeling_llama",
+        "ranks.workers",
+        "torch._dynamo",
+    ]
 )
 # Once a rank has failed the others stand in a collective that never comes; this long they may still report.
 _GRACE_SECONDS = 3.0

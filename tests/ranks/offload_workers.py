@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,13 @@ import torch
 from megatron.core import parallel_state
 
 from ranks.tiny import local_batch, tiny_engine
+from rewarm.engine import offload
 from rewarm.engine.base import StepResult
 from rewarm.engine.megatron.engine import MegatronEngine
 from rewarm.errors import UserError
+from rewarm.offload.device import open_device
 from rewarm.offload.placement import interleave
+from rewarm.offload.profile import Profile, describe
 from rewarm.offload.routes import Placement, Route
 
 LEARNING_RATE = 3e-3
@@ -71,12 +76,11 @@ def compare(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     wanted = state_of(engine)
     paths = {"mode": "nvme", "subgroup_size": 8192, "nvme_paths": [str(folder)]}
     engine = build({**settings, "offload": paths})
-    offload = engine._optimizer._inner.offload
-    assert offload.inner is not None
-    layout = offload.inner.layout
+    inner = engine._optimizer._inner.offload.inner
+    layout = inner.layout
     results = train(engine, 0, 1)
     for i, placement in enumerate(mixtures(layout.subgroups, settings.get("precision") == "bfloat16")):
-        offload.inner.place(placement)
+        inner.place(placement)
         results += train(engine, 1 + 7 * i, 8 + 7 * i)
     assert len(results) == STEPS
     found = state_of(engine)
@@ -90,7 +94,7 @@ def compare(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
         "subgroups": layout.subgroups,
         "learned": expected[0].loss - expected[-1].loss,
     }
-    offload.close()
+    inner.close()
     return outcome
 
 
@@ -109,10 +113,52 @@ def load(settings: dict[str, Any], folder: Path, before: int, after: int, optimi
     return [result.loss_sums.tobytes() for result in train(engine, before, before + after)]
 
 
-def refusal(settings: dict[str, Any]) -> str:
-    """The message with which an engine is not built."""
-    try:
-        build(settings)
-    except UserError as error:
-        return str(error)
-    return "built"
+def refusals(cases: list[dict[str, Any]]) -> list[str]:
+    """The message with which each engine is not built, or "built"."""
+    found = []
+    for settings in cases:
+        try:
+            build(settings)._optimizer.close()
+            found.append("built")
+        except UserError as error:
+            found.append(str(error))
+    return found
+
+
+def without_space(settings: dict[str, Any]) -> str:
+    """:func:`refusals` on a machine whose drives are nearly full."""
+    offload._free_space = lambda path: 4096.0
+    return refusals([settings])[0]
+
+
+def write_profile(path: Path, link: float | None, cpu_rate: float, name: str = "") -> None:
+    """The profile of this machine, or of one of another name, with rates that nobody measured."""
+    device = open_device(link, required=False)
+    fingerprint, description = describe(device, 1)
+    rates = {str(size): cpu_rate for size in (1 << 20, 1 << 24)}
+    Profile(
+        fingerprint + name, description, 1e9, 1e9, 2e9, 1e11, rates, cpu_rate, rates, 0.0, 1e12, {}, 1.0
+    ).save(path)  # fmt: skip
+
+
+def auto(settings: dict[str, Any], profile: Path, cpu_rate: float, device_memory: float | None) -> dict[str, Any]:
+    """Forty-five steps plain and under mode auto by a given profile; where the state was at the beginning and end."""
+    expected = train(build(settings), 0, 45)
+    if os.environ["RANK"] == "0":
+        write_profile(profile, None, cpu_rate)
+    section = {"mode": "auto", "subgroup_size": 8192, "cpu_threads": 1, "profile": str(profile)}
+    engine = build({**settings, "offload": {**section, "device_memory": device_memory}})
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("rewarm").addHandler(handler)
+    logging.getLogger("rewarm").setLevel(logging.INFO)
+    inner = engine._optimizer._inner.offload.inner
+    places = [inner.placement.describe()]
+    engine.dry_run(local_batch(engine, 0))
+    places.append(inner.placement.describe())
+    results = train(engine, 0, 45)
+    places.append(inner.placement.describe())
+    equal = [a.loss_sums.tobytes() == b.loss_sums.tobytes() for a, b in zip(results, expected, strict=True)]
+    engine._optimizer.close()
+    return {"equal": equal, "places": places, "messages": messages}

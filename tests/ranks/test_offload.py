@@ -63,3 +63,39 @@ def test_moments_left_behind_begin_at_zero(tmp_path: Path) -> None:
         for settings in (HALF, STREAMED)
     )
     assert plain == streamed
+
+
+def test_a_prediction_that_does_not_hold_is_replaced_and_changes_no_bit(tmp_path: Path) -> None:
+    """The profile says that the CPU is slow, so the state is streamed; it is not, which the measured steps tell."""
+    for outcome in run_ranks(offload_workers.auto, 2, TIED, tmp_path / "profile.json", 1e5, 0.002):
+        assert all(outcome["equal"])
+        assert any("updates" in message for message in outcome["messages"]), outcome
+
+
+def test_without_a_gpu_there_is_room_beside_the_model(tmp_path: Path) -> None:
+    (outcome,) = run_ranks(offload_workers.auto, 1, TIED, tmp_path / "profile.json", 1e9, None)
+    assert all(outcome["equal"])
+    assert outcome["places"][1] == "100% resident"
+
+
+def test_what_does_not_serve_is_refused_by_name(tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign.json"
+    offload_workers.write_profile(foreign, None, 1e9, "of another machine")
+    tight = {"mode": "auto", "device_memory": 0, "host_memory": 1e-5, "profile": str(tmp_path / "this.json")}
+    offload_workers.write_profile(tmp_path / "this.json", None, 1e9)
+    cases = [
+        ({"mode": "auto", "cpu_threads": 1, "profile": str(foreign)}, ["measured elsewhere", "rewarm offload profile"]),
+        ({**tight, "cpu_threads": 1}, ["fit neither into", "offload.nvme_paths"]),
+        ({"mode": "cpu", "host_memory": 1e-5}, ["of host memory per rank", "mode=auto or nvme"]),
+        ({"mode": "nvme", "nvme_paths": ["/dev/shm"]}, ["/dev/shm lies in memory", "local drive"]),
+        ({"mode": "nvme", "nvme_paths": [str(tmp_path / "absent")]}, ["absent is not a folder"]),
+    ]
+    found = run_ranks(offload_workers.refusals, 1, [{**TIED, "offload": section} for section, _ in cases])[0]
+    for message, (_, parts) in zip(found, cases, strict=True):
+        assert all(part in message for part in parts), message
+
+
+def test_a_full_drive_is_refused_on_every_rank(tmp_path: Path) -> None:
+    settings = {**TIED, "offload": {"mode": "nvme", "nvme_paths": [str(tmp_path)], "subgroup_size": 8192}}
+    for message in run_ranks(offload_workers.without_space, 2, settings):
+        assert "of NVMe space per rank" in message and "offload.nvme_paths" in message

@@ -26,7 +26,7 @@ duration: 26 steps
 batch: {sequence_length: 32, global_batch_size: 8, micro_batch_size: 4}
 schedule: {peak: 1e-2, warmup: 2 steps}
 evaluation: {interval: 2 steps, windows_per_domain: 8, micro_batch_size: 4}
-checkpoint: {interval: 12 steps, keep: 2}
+checkpoint: {interval: 14 steps, keep: 2}
 tracking: {wandb: {mode: disabled}}
 """
 TARGETS = {"targets": {"english": 5.9, "python": 5.0, "cpp": 4.0}}
@@ -143,6 +143,23 @@ def test_the_tiers_of_the_promise_about_a_resume(place: Place) -> None:
         assert (line["sample"], line["reason"]) == (other["sample"], other["reason"])
         for name, weight in line["weights"].items():
             assert weight == pytest.approx(other["weights"][name], rel=1e-4)
+
+
+def test_an_evaluation_that_gives_nan_keeps_the_weights_and_is_logged(place: Place) -> None:
+    overrides = [
+        "name=blind",
+        "mixture.mixer=velocitune",
+        "mixture.velocitune.targets=targets.json",
+        "duration=12 steps",
+    ]
+    run_ranks(train_stage, 1, place.folder, "stage.yaml", overrides, None, 4)
+    before, blind, after = place.lines("blind", "mixture.jsonl")[2:5]
+    assert blind["weights"] == before["weights"] != after["weights"]
+    assert blind["reason"] == "step 4: weights kept, the evaluation gave nan for python"
+    assert [line["domains"]["python"]["loss"] is None for line in place.lines("blind", "evaluation.jsonl")] == [
+        step == 4 for step in range(0, 13, 2)
+    ]
+    assert len(place.hashes("blind")) == 12
 
 
 def test_a_run_keeps_the_targets_it_began_with(place: Place) -> None:

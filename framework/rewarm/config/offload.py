@@ -22,7 +22,7 @@ _ONLY: dict[str, tuple[str, ...]] = {
     "host_memory": _PLACED,
     "cpu_threads": _PLACED,
     "nvme_paths": ("auto", "nvme"),
-    "profile": ("auto",),
+    "profile": ("auto", "nvme"),
     "stand_in": _PLACED,
 }
 

@@ -102,7 +102,12 @@ class Offload:
         self._machine = self._measure()
         self._drift: Drift | None = None
         self._late, self._steps = False, 0
-        placement = self._choose(beside=0.0, device_free=self._first_room())
+        self._room = self._machine.device_free
+        if self._open_ended:
+            # Until a step was rehearsed, only the buffers that state passes through are counted on.
+            buffers = float(STATE_BYTES * settings.slots * self.settings.subgroup_size)
+            self._machine = replace(self._machine, device_free=min(self._room, buffers))
+        placement = self._choose(beside=0.0)
         self.inner: OffloadedAdamW | None = None
 
         def build() -> OffloadedAdamW | None:
@@ -149,16 +154,16 @@ class Offload:
             seconds: of the forward and backward passes of one step.
             peak: most bytes that were allocated on the device in them; without a GPU it is not looked at.
         """
-        if self._first_room() is not None:
-            room = None
+        if self._open_ended:
+            room = self._room
             if self._device.torch_device.type == "cuda":
                 free, total = torch.cuda.mem_get_info()
                 others = total - free - torch.cuda.memory_reserved()
-                room = max(0.0, (1 - _RESERVE) * total - others - peak + self._held_on_device())
+                held = 0 if self.inner is None else self.inner.states.device_bytes()
+                room = max(0.0, (1 - _RESERVE) * total - others - peak + held)
                 room = min(ranks.gather(room)[rank] for rank in self._node)
-            elif self.settings.mode == "auto" or self.settings.mode == "twinflow":
-                room = self._machine.device_free
-            self._place(self._choose(beside=seconds, device_free=room))
+            self._machine = replace(self._machine, device_free=room)
+            self._place(self._choose(beside=seconds))
         if self.inner is not None:
             log.info("optimizer state: %s, in %d subgroups", self.inner.placement.describe(), self._subgroups)
 
@@ -167,17 +172,12 @@ class Offload:
         if self.inner is not None:
             self.inner.close()
 
-    def _first_room(self) -> float | None:
-        """Bytes on the device to count on before a step was rehearsed, None where the settings say it all."""
+    @property
+    def _open_ended(self) -> bool:
+        """True if what a step leaves free on the device decides how much state stays there."""
         settings = self.settings
-        open_end = settings.mode == "auto" or (settings.mode == "twinflow" and settings.resident_fraction is None)
-        if not open_end or settings.device_memory is not None:
-            return None
-        return float(settings.slots * STATE_BYTES * settings.subgroup_size)
-
-    def _held_on_device(self) -> float:
-        """Bytes of the device's memory that the state has now."""
-        return 0.0 if self.inner is None else float(self.inner.states.device_bytes())
+        chosen_here = settings.mode == "auto" or (settings.mode == "twinflow" and settings.resident_fraction is None)
+        return chosen_here and settings.device_memory is None
 
     def _device_free(self) -> float:
         if self._device.torch_device.type != "cuda":
@@ -205,12 +205,13 @@ class Offload:
             room = 0.8 * room / len(node)
         if settings.device_memory is not None:
             room = settings.device_memory * 1e9
+        _together(lambda: profile.check_drives(settings.nvme_paths))
         space = {path: _free_space(path) / len(node) for path in settings.nvme_paths}
         self._drive_shares: list[float] | None = None
-        if settings.mode == "auto" or len(space) > 1:
+        if settings.mode == "auto" or len(space) > 1 or settings.profile is not None:
             measured = self._profile()
-            if space:
-                self._drive_shares = [min(measured.nvme[path].values()) for path in space]
+            drives = [measured.nvme[str(Path(path))] for path in space]
+            self._drive_shares = [min(drive["read"], drive["write"]) for drive in drives] or None
             machine = measured.machine(ranks=len(node), host_memory=host, device_free=room, size=settings.subgroup_size)
             return replace(machine, nvme_free=sum(space.values()))
         machine = replace(_UNMEASURED, host_free=host, device_free=room, nvme_free=sum(space.values()))
@@ -234,19 +235,19 @@ class Offload:
         measured.save(path)
         return measured
 
-    def _choose(self, beside: float, device_free: float | None) -> Placement:
+    def _choose(self, beside: float) -> Placement:
         """The placement of this rank's subgroups; under mode auto its node's first rank decides for all of them."""
-        machine = self._machine if device_free is None else replace(self._machine, device_free=device_free)
         if self.settings.mode != "auto":
-            return _together(lambda: choose(self.settings, machine, self._job) if self._subgroups else Placement(()))
-        scored = self._decide(machine, beside)
+            count = self._subgroups
+            return _together(lambda: choose(self.settings, self._machine, self._job) if count else Placement(()))
+        scored = self._decide(beside)
         self._drift = Drift(scored.seconds)
         return stretched(scored.placement, self._subgroups)
 
-    def _decide(self, machine: Machine, beside: float) -> Scored:
+    def _decide(self, beside: float) -> Scored:
         job = replace(self._job, parameters=max(1, *(self._seats[rank].parameters for rank in self._node)))
         lead = self.share.index == 0
-        mine = _together(lambda: plan(self.settings, machine, job, beside) if lead else None)
+        mine = _together(lambda: plan(self.settings, self._machine, job, beside) if lead else None)
         scored: Scored = ranks.gather(mine)[self._node[0]]
         return scored
 
@@ -260,7 +261,7 @@ class Offload:
             name: min(getattr(machines[rank], name) for rank in self._node) for name in machine.as_dict()
         }  # the ranks of a node share what is slow
         self._machine = Machine(**slowest)
-        placement = self._choose(beside=0.0, device_free=None)
+        placement = self._choose(beside=0.0)
         before = None if self.inner is None else self.inner.placement
         self._place(placement)
         measured = 0.0 if timeline is None else timeline.seconds
@@ -303,10 +304,7 @@ def stretched(placement: Placement, subgroups: int) -> Placement:
 
 
 def _free_space(path: str) -> float:
-    try:
-        found = os.statvfs(path)
-    except OSError:
-        return float("inf")  # what is wrong with the path is said when it is opened
+    found = os.statvfs(path)
     return float(found.f_bavail * found.f_frsize)
 
 

@@ -46,6 +46,9 @@ class Device(Protocol):
     def settle(self) -> None:
         """Block until the work queued by the calling thread is done."""
 
+    def pace_host(self, elements: int, began: float) -> None:
+        """Called after the host has updated elements, since a moment of ``time.perf_counter``; a stand-in may wait."""
+
 
 def check_copy(target: torch.Tensor, source: torch.Tensor) -> None:
     """Copies never convert: the wire type is what both ends hold."""
@@ -93,17 +96,38 @@ class CudaDevice:
         """Block the thread until the current stream is empty."""
         torch.cuda.current_stream(self.torch_device).synchronize()
 
+    def pace_host(self, elements: int, began: float) -> None:
+        """The host is as fast as it is."""
+
 
 class ThrottledDevice:
-    """A second pool of host memory behind a link of set bandwidth."""
+    """A second pool of host memory behind a link of set bandwidth, beside a host of set speed.
+
+    A few cores cannot imitate a link that outruns their own update, so the update is slowed as well where the two are
+    to be weighed against each other.
+    """
 
     pins = False
     node: int | None = None
     torch_device = torch.device("cpu")
 
-    def __init__(self, *, h2d: float = float("inf"), d2h: float = float("inf"), duplex: float = float("inf")) -> None:
-        """Args are bytes/s: to the device, from the device, and both together."""
-        self.name = f"throttled (h2d {h2d / 1e9:g}, d2h {d2h / 1e9:g}, duplex {duplex / 1e9:g} GB/s)"
+    def __init__(
+        self,
+        *,
+        h2d: float = float("inf"),
+        d2h: float = float("inf"),
+        duplex: float = float("inf"),
+        host_rate: float = float("inf"),
+    ) -> None:
+        """A link and a host.
+
+        Args:
+            h2d, d2h, duplex: bytes/s to the device, from the device, and both together.
+            host_rate: parameters/s that the host's update does not exceed.
+        """
+        self.name = f"throttled (h2d {h2d / 1e9:g}, d2h {d2h / 1e9:g}, duplex {duplex / 1e9:g} GB/s"
+        self.name += f", host {host_rate / 1e9:g} G parameters/s)" if host_rate < float("inf") else ")"
+        self._host_rate = host_rate
         self._rate = {"h2d": h2d, "d2h": d2h}
         self._limits = {
             name: rate for name, rate in (("h2d", h2d), ("d2h", d2h), ("pcie", duplex)) if rate < float("inf")
@@ -155,6 +179,11 @@ class ThrottledDevice:
 
     def settle(self) -> None:
         """Work is done when its call returns."""
+
+    def pace_host(self, elements: int, began: float) -> None:
+        """Sleep until the update has taken as long as at the set rate."""
+        if (ahead := began + elements / self._host_rate - time.perf_counter()) > 0:
+            time.sleep(ahead)
 
 
 def numa_node(index: int) -> int | None:

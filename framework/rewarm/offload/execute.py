@@ -286,7 +286,7 @@ class Executor:
             self.device.copy(piece.tensor, source[piece.span], "h2d")
 
     def _update(self, step: _Step, task: Task) -> None:
-        subgroup = _subgroup(task)
+        subgroup, began = _subgroup(task), time.perf_counter()
         on_device = self.placement.routes[subgroup].on_device
         state = self.states.working(subgroup, task.slot, task.host_slot)
         half = self._parameters.dtype != torch.float32
@@ -304,6 +304,8 @@ class Executor:
             if on_device and not half:
                 piece.tensor.copy_(state.first[span])
         self.device.settle()
+        if not on_device:
+            self.device.pace_host(state.moment1.numel(), began)
 
 
 def _subgroup(task: Task) -> int:

@@ -6,7 +6,7 @@ and here are their reduced gradients". That list, in the order of the forward pa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -111,35 +111,46 @@ class OffloadedAdamW:
             self._executor.use_gradients(Pieces(self.layout, gradients))
         return self._executor.run_step(number, groups, grad_scale)
 
-    def read(self, shard: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Master and moments of one shard as new fp32 host tensors: what a plain optimizer would checkpoint.
+    def read(self, shard: int, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Master and moments of a shard as new fp32 host tensors: what a plain optimizer would checkpoint.
 
-        Reading the shards in order touches every subgroup once; no more than one is held besides.
-        """
-        size = self.layout.shards[shard].numel
-        found = torch.empty(size), torch.empty(size), torch.empty(size)
-        for subgroup in self.layout.subgroups_of(shard):
-            values = self._window(subgroup)
-            for cut in (cut for cut in self._cuts[subgroup] if cut.shard == shard):
-                for target, source in zip(found, values, strict=True):
-                    target[cut.offset : cut.offset + cut.stop - cut.start] = source[cut.start : cut.stop]
-        return found
-
-    def write(self, shard: int, master: Tensor, moment1: Tensor, moment2: Tensor) -> None:
-        """Set one shard's state, and its parameters to the rounded master.
+        Reading in order touches every subgroup once; no more than one is held besides.
 
         Args:
             shard: its index.
-            master, moment1, moment2: fp32, as many elements as the shard has.
+            start, stop: the elements of it; None means to its end.
+        """
+        stop = self.layout.shards[shard].numel if stop is None else stop
+        found = torch.empty(stop - start), torch.empty(stop - start), torch.empty(stop - start)
+        for subgroup, source, target in self._overlap(shard, start, stop):
+            for array, values in zip(found, self._window(subgroup), strict=True):
+                array[target] = values[source]
+        return found
+
+    def write(self, shard: int, master: Tensor, moment1: Tensor, moment2: Tensor, start: int = 0) -> None:
+        """Set a shard's state, and its parameters to the rounded master.
+
+        Args:
+            shard: its index.
+            master, moment1, moment2: fp32, up to as many elements as the shard has.
+            start: the shard's element that they begin at.
         """
         given = [values.detach().reshape(-1).to("cpu", torch.float32) for values in (master, moment1, moment2)]
-        for subgroup in self.layout.subgroups_of(shard):
-            values = self._window(subgroup)
+        stop = start + len(given[0])
+        for subgroup, target, source in self._overlap(shard, start, stop):
+            for array, values in zip(self._window(subgroup), given, strict=True):
+                array[target] = values[source]
             self._changed = True
-            for cut in (cut for cut in self._cuts[subgroup] if cut.shard == shard):
-                for target, source in zip(values, given, strict=True):
-                    target[cut.start : cut.stop] = source[cut.offset : cut.offset + cut.stop - cut.start]
-        self._parameters.tensors[shard].copy_(given[0])
+        self._parameters.tensors[shard][start:stop].copy_(given[0])
+
+    def _overlap(self, shard: int, start: int, stop: int) -> Iterator[tuple[int, slice, slice]]:
+        """Where elements of a shard lie: subgroup, elements within it, and elements counted from ``start``."""
+        for subgroup in self.layout.subgroups_of(shard):
+            for cut in self._cuts[subgroup]:
+                first, last = max(start, cut.offset), min(stop, cut.offset + cut.stop - cut.start)
+                if cut.shard == shard and first < last:
+                    shift = cut.start - cut.offset
+                    yield subgroup, slice(first + shift, last + shift), slice(first - start, last - start)
 
     def settle(self) -> None:
         """Put what was written last where it belongs, and let go of the host copy."""

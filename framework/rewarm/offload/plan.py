@@ -79,11 +79,14 @@ def _too_large(config: OffloadConfig, machine: Machine, job: Job, placement: Pla
     ):
         if need > free:
             return UserError(
-                f"offload.mode={config.mode} needs {need / 1e9:.2f} GB of {name} per rank, "
-                f"{free / 1e9:.2f} GB are free",
+                f"offload.mode={config.mode} needs {_gigabytes(need)} of {name} per rank, {_gigabytes(free)} are free",
                 fix=fix,
             )
     raise AssertionError("the placement fits")
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 or size == 0 else f"{size / 1e9:.2g} GB"
 
 
 @dataclass
@@ -111,6 +114,10 @@ def moved(before: Placement, after: Placement) -> list[tuple[int, Route, Route]]
     return [(i, old, new) for i, (old, new) in pairs if old is not new]
 
 
+_RATES = {"h2d": "h2d", "d2h": "d2h", "device": "device_rate", "nvme_read": "nvme_read", "nvme_write": "nvme_write"}
+"""Shared resource of a task -> the machine's rate that it draws on."""
+
+
 def calibrated(machine: Machine, job: Job, placement: Placement, timeline: Timeline) -> Machine:
     """A machine whose rates are those that one executed step saw; what the step did not use stays as it was.
 
@@ -134,6 +141,3 @@ def calibrated(machine: Machine, job: Job, placement: Placement, timeline: Timel
     rates = {_RATES.get(name, name): work[name] / spent[name] for name in work if spent[name] > 0}
     found = replace(machine, **rates)
     return replace(found, duplex=min(found.h2d + found.d2h, machine.duplex))
-
-
-_RATES = {"h2d": "h2d", "d2h": "d2h", "device": "device_rate", "nvme_read": "nvme_read", "nvme_write": "nvme_write"}

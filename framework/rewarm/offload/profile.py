@@ -257,9 +257,12 @@ class _Bench:
         step = adamw.AdamWStep.prepare(step=10, learning_rate=1e-3)
 
         def run() -> None:
+            began = time.perf_counter()
             adamw.update(step, master, moment1, moment2, grad, out, threads=self.threads)
             if on_device:
                 self.device.settle()
+            else:
+                self.device.pace_host(size, began)
 
         return run
 
@@ -315,6 +318,26 @@ def available_memory() -> float:
         if limit and used and limit[0].isdigit():
             found = min(found, float(limit[0]) - float(used[0]))
     return max(0.0, found)
+
+
+def check_drives(paths: Sequence[str]) -> None:
+    """Refuse a folder that is no place for what memory has no room for; Linux may even do direct I/O there.
+
+    Raises:
+        UserError: if there is no such folder, or it lies in memory.
+    """
+    mounts = (line.split() for line in Path("/proc/self/mounts").read_text().splitlines())
+    kinds = {Path(fields[1]): fields[2] for fields in mounts}
+    for path in map(Path, paths):
+        if not path.is_dir():
+            raise UserError(f"the NVMe path {path} is not a folder", fix="create it, or correct offload.nvme_paths")
+        target = path.resolve()
+        kind = next((kinds[folder] for folder in (target, *target.parents) if folder in kinds), "")
+        if kind in ("tmpfs", "ramfs", "devtmpfs"):
+            raise UserError(
+                f"the NVMe path {path} lies in memory ({kind}), which it is meant to spare",
+                fix="name a folder on a local drive in offload.nvme_paths",
+            )
 
 
 def _lines(path: str) -> list[str]:

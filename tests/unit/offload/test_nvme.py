@@ -14,7 +14,7 @@ import torch
 
 from rewarm import native
 from rewarm.errors import UserError
-from rewarm.offload import nvme
+from rewarm.offload import adamw, nvme
 from rewarm.offload.nvme import NativeQueue, Store, ThreadQueue, open_scratch
 from rewarm.offload.slabs import HostPool
 
@@ -65,7 +65,64 @@ def test_the_files_have_no_names_and_give_their_space_back(disk: Path) -> None:
     store.close()
 
 
-def test_a_killed_process_leaves_nothing(disk: Path) -> None:
+STEPPER = """
+import os, sys, torch
+from pathlib import Path
+from rewarm.offload.device import ThrottledDevice
+from rewarm.offload.execute import Executor, GroupStep
+from rewarm.offload.routes import Job, Placement, Route
+from rewarm.offload.slabs import HostPool, Layout, Shard
+from rewarm.offload.states import States
+folder, checkpoint, last = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+layout = Layout.of([Shard("w", 100_000)], 10_000)
+routes = (Route.NVME_STREAMED, Route.NVME_CPU) * 5
+placement = Placement(routes, slots=2, host_slots=2, split=True)
+device = ThrottledDevice(h2d=10e6, d2h=10e6)
+parameters = torch.empty(layout.numel, dtype=torch.bfloat16)
+gradients = torch.empty_like(parameters)
+states = States(layout, placement, device, parameter_type=torch.bfloat16, gradient_type=torch.bfloat16,
+                pool=HostPool(pin=False), nvme_paths=[folder])
+done, *state = torch.load(checkpoint)
+states.load(*state, parameters)
+job = Job(layout.numel, 0.0, 0.0)
+executor = Executor(layout, placement, job, device, states, parameters=parameters, gradients=gradients)
+for number in range(done + 1, last + 1):
+    print(number, flush=True)
+    gradients.normal_(generator=torch.Generator().manual_seed(number))
+    executor.run_step(number, [GroupStep(1e-3)])
+    torch.save((number, *states.export(parameters)), checkpoint.with_suffix(".partial"))
+    checkpoint.with_suffix(".partial").replace(checkpoint)
+executor.close()
+"""
+
+
+def test_killed_in_the_middle_of_steps_it_resumes_and_leaves_nothing_behind(disk: Path, tmp_path: Path) -> None:
+    last, checkpoint = 6, tmp_path / "checkpoint"
+    generator = torch.Generator().manual_seed(0)
+    state = (torch.randn(100_032, generator=generator), torch.zeros(100_032), torch.zeros(100_032))
+    torch.save((0, *state), checkpoint)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "framework"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", STEPPER, str(disk), str(checkpoint), str(last)]
+    for delay in (0.03, 0.11):  # a step takes about 0.1 s: the link is slow
+        child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        assert child.stdout is not None
+        assert child.stdout.readline() and child.stdout.readline(), "it ended by itself"
+        time.sleep(delay)
+        child.send_signal(signal.SIGKILL)
+        child.wait(timeout=30)
+        assert list(disk.iterdir()) == []
+    assert 0 < torch.load(checkpoint)[0] < last
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, timeout=120)
+    for number in range(1, last + 1):
+        gradient = torch.empty(100_032, dtype=torch.bfloat16)
+        gradient.normal_(generator=torch.Generator().manual_seed(number))
+        adamw.update(adamw.AdamWStep.prepare(step=number, learning_rate=1e-3), *state, gradient)
+    for ours, theirs in zip(torch.load(checkpoint)[1:], state, strict=True):
+        assert torch.equal(ours.view(torch.int32), theirs.view(torch.int32))
+    assert list(disk.iterdir()) == []
+
+
+def test_a_killed_process_gives_its_space_back(disk: Path) -> None:
     code = (
         "import sys, time; from rewarm.offload.nvme import Store\n"
         "store = Store([sys.argv[1]], [64 << 20]); print('ready', flush=True); time.sleep(60)"
@@ -81,7 +138,6 @@ def test_a_killed_process_leaves_nothing(disk: Path) -> None:
     deadline = time.monotonic() + 20
     while os.statvfs(disk).f_bavail - held < (32 << 20) // os.statvfs(disk).f_frsize and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert list(disk.iterdir()) == []
     assert os.statvfs(disk).f_bavail > held
 
 

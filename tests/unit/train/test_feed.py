@@ -42,26 +42,70 @@ def sampler(domains: list[Domain]) -> Sampler:
     return Sampler(sampled, 5, quantise([0.5, 0.3, 0.2]))
 
 
-def feed(domains: list[Domain], rank: int = 0, num_ranks: int = 1, vocab_size: int = 60000) -> Feed:
+def feed(
+    domains: list[Domain], rank: int = 0, num_ranks: int = 1, vocab_size: int = 60000, batch_size: int = BATCH
+) -> Feed:
     """A feed at the first step."""
     return Feed(
-        sampler(domains), domains, global_batch_size=BATCH, total_samples=10**6,
+        sampler(domains), domains, global_batch_size=batch_size, total_samples=10**6,
         rank=rank, num_ranks=num_ranks, vocab_size=vocab_size,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 6, 12])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 8, 16])
 def test_ranks_read_disjoint_parts_of_the_single_process_batch(domains: list[Domain], num_ranks: int) -> None:
-    alone = feed(domains)
-    ranks = [feed(domains, rank, num_ranks) for rank in range(num_ranks)]
-    for _ in range(5):
+    """Also while weights change inside a batch, which every rank is told at the same step."""
+    alone = feed(domains, batch_size=48)
+    ranks = [feed(domains, rank, num_ranks, batch_size=48) for rank in range(num_ranks)]
+    for step in range(7):
         whole = alone.next()
         parts = [one.next() for one in ranks]
         assert all(part.sample_hash == whole.sample_hash for part in parts)
-        assert all(len(part.batch.tokens) == BATCH // num_ranks for part in parts)
+        assert all(len(part.batch.tokens) == 48 // num_ranks for part in parts)
         np.testing.assert_array_equal(np.concatenate([part.batch.tokens for part in parts]), whole.batch.tokens)
         np.testing.assert_array_equal(np.concatenate([part.batch.domains for part in parts]), whole.batch.domains)
-        assert len({tuple(row) for row in whole.batch.tokens.tolist()}) == BATCH
+        assert len({tuple(row) for row in whole.batch.tokens.tolist()}) == 48
+        for one in (alone, *ranks):
+            one.schedule_weights(quantise([step + 1.0, 2.0, 0.5]), alone.first_free_sample + 5)
+
+
+PHASES = [(3 * BATCH, [0.0, 1.0, 3.0]), (5 * BATCH + 7, [1.0, 0.0, 0.0]), (8 * BATCH, [1.0, 1.0, 1.0])]
+"""Two begin with a batch, one inside of it."""
+
+
+def phased(domains: list[Domain]) -> Feed:
+    """A feed that knows its phases from the start, as a run reads them from its weight log."""
+    picks = sampler(domains)
+    for at_sample, weights in PHASES:
+        picks.schedule_weights(quantise(weights), at_sample)
+    return Feed(picks, domains, global_batch_size=BATCH, total_samples=10**6, rank=0, num_ranks=1, vocab_size=60000)
+
+
+def test_killed_at_any_step_around_the_phase_boundaries_the_samples_are_the_same(domains: list[Domain]) -> None:
+    """With phases begun, about to begin and pending, and a decision pending that was made since the last phase."""
+    steps, decided = 12, {2: [5.0, 1.0, 1.0], 6: [0.1, 1.0, 0.1]}
+
+    def go(one: Feed, first: int, states: list[str]) -> list[str]:
+        hashes = []
+        for step in range(first, steps):
+            if step in decided:
+                one.schedule_weights(quantise(decided[step]), one.first_free_sample)
+            states.append(json.dumps(one.state_dict()))
+            hashes.append(one.next().sample_hash)
+        return hashes
+
+    states: list[str] = []
+    expected = go(phased(domains), 0, states)
+    assert sum(bool(json.loads(state)["pending"]) for state in states) > steps // 2
+    for killed, state in enumerate(states):
+        picks = sampler(domains)
+        picks.load_state_dict(json.loads(state))
+        again = Feed(
+            picks, domains, global_batch_size=BATCH, total_samples=10**6, rank=0, num_ranks=1, vocab_size=60000
+        )
+        # What was decided at this very step is in its state.
+        held = [again.next().sample_hash]
+        assert held + go(again, killed + 1, []) == expected[killed:], f"killed before step {killed}"
 
 
 def test_windows_come_from_the_domain_and_place_that_were_drawn(domains: list[Domain]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -35,6 +36,7 @@ from rewarm.engine.deepspeed.shards import Shards
 from rewarm.engine.deepspeed.sources import RandomWeights, Source, open_huggingface
 from rewarm.engine.deepspeed.swap import SwapFolder
 from rewarm.engine.deepspeed.ulysses import Ulysses
+from rewarm.engine.deepspeed.update import OffloadedStep
 from rewarm.engine.portable import MOMENTS, WEIGHT, PortableState, PortableWriter
 from rewarm.errors import UserError
 from rewarm.model.description import HuggingFaceModel
@@ -63,12 +65,11 @@ class DeepSpeedEngine(Collectives, Engine):
         self._counts, self._sums = self.rank % together_ranks == 0, self._tensor_rank == 0
         # ZeRO shares the model among the context ranks too: a gradient from a part of a sequence is one of a sum.
         self._num_shares = self.world_size // self.layout.tensor
+        self._swap: SwapFolder | None = None
+        self._context: Ulysses | None = None
         if needed_extensions(config.deepspeed):
             together(lambda: prepare_extensions(config.deepspeed))
         self._initialize()
-
-    _swap: SwapFolder | None = None
-    _context: Ulysses | None = None
 
     def _initialize(self) -> None:
         config, stage = self.config, self.config.deepspeed.zero_stage
@@ -95,6 +96,8 @@ class DeepSpeedEngine(Collectives, Engine):
             num_shares=self._num_shares,
             share=self.rank // self.layout.tensor,
         )
+        if config.offload.mode != "none":
+            self._partitions.offload(config.offload)
         self._shards = Shards(self.deepspeed.module, self._tensor_rank, self.layout.tensor)
         if config.parent is None:
             self._fill(self._random_weights())
@@ -132,9 +135,14 @@ class DeepSpeedEngine(Collectives, Engine):
         if self._context is not None:
             self._check_context(self._context, batch)
         # A gradient that is not finite is dropped by the one path that knows where stage and offload have put it.
+        started = time.perf_counter()
         self._forward_backward(batch, factor=math.nan)
+        device.synchronize()
+        seconds = time.perf_counter() - started
         _, updated = self._update()
         assert not updated, "DeepSpeed took a step on a gradient that is not a number"
+        if isinstance(self._partitions.inner, OffloadedStep) and self._partitions.inner.offload is not None:
+            self._partitions.inner.offload.rehearsed(seconds, device.peak_memory())
         self.set_rng_state(state)
 
     def _forward_backward(self, batch: Batch, factor: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
@@ -170,7 +178,9 @@ class DeepSpeedEngine(Collectives, Engine):
         if self._context is not None:
             part, positions = self._context.part(length), {"position_ids": self._context.positions(length)}
         logits = self.deepspeed(input_ids=windows[:, :-1][:, part].contiguous(), use_cache=False, **positions).logits
-        losses = cross_entropy(logits.float().transpose(1, 2), windows[:, 1:][:, part], reduction="none")
+        targets = windows[:, 1:][:, part]
+        # Flat, because torch is six times slower over a vocabulary that is not the last dimension.
+        losses = cross_entropy(logits.float().flatten(0, 1), targets.reshape(-1), reduction="none").view(targets.shape)
         if mask is not None:
             losses = losses * torch.from_numpy(mask).to(self._device)[:, part]
         return losses.sum(dim=1)
@@ -304,6 +314,8 @@ class DeepSpeedEngine(Collectives, Engine):
 
     def release(self) -> None:
         """Free the model and what DeepSpeed keeps beside it, and stay in the process group."""
+        if isinstance(self._partitions.inner, OffloadedStep) and self._partitions.inner.offload is not None:
+            self._partitions.inner.offload.close()
         self.deepspeed.destroy()
         if self._context is not None:
             self._context.close()

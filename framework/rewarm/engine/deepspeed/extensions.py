@@ -23,6 +23,8 @@ from rewarm.config.deepspeed import DeepSpeedConfig
 from rewarm.errors import UserError
 
 _BUILDERS = {"cpu_adam": "CPUAdamBuilder", "async_io": "AsyncIOBuilder"}
+_LOADED_FIRST = {"async_io": ("pin_memory",)}
+"""Extensions that another one loads, and builds, by itself."""
 _END_SECONDS = 10.0
 _LOAD_SECONDS = 30.0
 """A load of what is built holds torch's lock for a moment; an older lock belongs to a process that is gone."""
@@ -78,7 +80,8 @@ def _reason(name: str) -> str:
 
 def is_built(name: str, settings: DeepSpeedConfig) -> bool:
     """True if an extension only has to be loaded."""
-    return (extensions_folder(settings) / name / f"{name}.so").is_file()
+    folder = extensions_folder(settings)
+    return all((folder / part / f"{part}.so").is_file() for part in (name, *_LOADED_FIRST.get(name, ())))
 
 
 def prepare_extensions(settings: DeepSpeedConfig) -> None:

@@ -68,6 +68,13 @@ def deepspeed_json(config: RunConfig, data_parallel_size: int) -> dict[str, Any]
         }
     if settings.json_file is not None:
         values = merge(values, read_user_file(settings.json_file), settings.json_file)
+        moved = [key for key in ("offload_optimizer", "offload_param") if key in values["zero_optimization"]]
+        if config.offload.mode != "none" and moved:
+            raise UserError(
+                f"deepspeed.json_file={settings.json_file} sets zero_optimization.{moved[0]}, and "
+                f"offload.mode={config.offload.mode} moves the same state",
+                fix="remove it from the file, or set offload.mode=none",
+            )
     return values
 
 

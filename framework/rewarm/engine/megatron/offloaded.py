@@ -15,8 +15,9 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from rewarm.config.offload import OffloadConfig
-from rewarm.engine.megatron.update import MOMENTS, GroupStepAdamW
+from rewarm.engine.megatron.update import GroupStepAdamW
 from rewarm.engine.offload import Offload
+from rewarm.engine.portable import MOMENTS
 from rewarm.offload.execute import GroupStep
 
 

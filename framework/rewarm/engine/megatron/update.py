@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rewarm.engine.portable import MOMENTS
 from rewarm.offload import adamw
 from rewarm.offload.execute import GroupStep
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class GroupStepAdamW(torch.optim.Optimizer):

@@ -52,12 +52,12 @@ class AioliMixer(Mixer):
 class AioliRounds(Mixer):
     """Aioli inside a run: rounds of probes, then the mixture they ask for, all of it ordinary training.
 
-    At each evaluation of a round's first part another domain's probe begins: ``probe_share`` of the new domains'
-    samples from it, the rest equally from the others, in a permuted order, each domain ``probes_per_domain`` times.
-    Between two evaluations the held-out losses fall by a row of B per token, on the mixture that was really trained
-    on, a row of P: the samples that were under way when a probe was decided are counted as what they are. Then the
-    rule of :class:`AioliMixer` gives the mixture, which holds for ``hold`` evaluations until the next round. Rounds
-    whose samples do not tell the domains apart, because evaluations come faster than weights take effect, probe on.
+    At each evaluation of a round's first part another domain's probe begins: ``probe_share`` of the new samples come
+    from it, the rest equally from the others, in a permuted order, each domain ``probes_per_domain`` times. Between
+    two evaluations the held-out losses fall by a row of B per token, on the mixture that was really trained on, a row
+    of P: the samples that were under way when a probe was decided are counted as what they are. Then the rule of
+    :class:`AioliMixer` gives the mixture, which holds for ``hold`` evaluations until the next round. Rounds whose
+    samples do not tell the domains apart, because evaluations come faster than weights take effect, probe on.
 
     The published code keeps the mixture's own product over rounds where it does not average A; here every round starts
     from uniform weights, as with an average.

@@ -124,5 +124,8 @@ def graph_matrix(graph: Mapping[str, Mapping[str, float]], names: Sequence[str])
     rows = {name: dict(graph.get(name, {})) for name in names}
     unknown = sorted((set(graph) | {to for row in graph.values() for to in row}) - set(names))
     if unknown:
-        raise UserError(f"the graph of skill_it names {unknown[0]!r}, which is not one of {', '.join(names)}")
+        raise UserError(
+            f"the graph of skill_it names {unknown[0]!r}, which is not one of {', '.join(names)}",
+            fix="use the names of the new domains",
+        )
     return np.array([[float(rows[a].get(b, 0.0)) for b in names] for a in names])

@@ -36,6 +36,10 @@ def values(**settings: Any) -> dict[str, Any]:
         ({"parallel": {"pipeline": 2}}, ["parallel.pipeline=2", "engine=deepspeed", "engine=megatron"]),
         ({"parallel": {"pipeline": 2}, "deepspeed": {"zero_stage": 3}}, ["parallel.pipeline=2", "engine=megatron"]),
         ({"parallel": {"tensor": 2, "sequence": True}}, ["parallel.sequence=true", "engine=megatron"]),
+        ({"engine": "megatron", "parallel": {"context": 2}}, ["parallel.context=2", "engine=megatron"]),
+        ({"parallel": {"context": 2, "tensor": 2}}, ["parallel.context=2", "parallel.tensor=2"]),
+        ({"parallel": {"context": 3}}, ["sequence_length=256", "parallel.context=3"]),
+        ({"parallel": {"context": 2}, "deepspeed": {"attention": "eager"}}, ["attention=eager", "sdpa"]),
         ({"precision": "bfloat16", "deepspeed": {"zero_stage": 0}}, ["bfloat16", "zero_stage", "1 or more"]),
         ({"megatron": {"attention": "local"}}, ["megatron.attention=local", "engine=deepspeed"]),
         ({"engine": "megatron", "deepspeed": {"zero_stage": 2}}, ["deepspeed.zero_stage=2", "engine=megatron"]),
@@ -69,6 +73,23 @@ def test_model_without_a_tensor_parallel_plan() -> None:
 
 def test_heads_that_do_not_divide() -> None:
     assert "num_attention_heads=4" in refused(LLAMA, 3, parallel={"tensor": 3})
+
+
+@pytest.mark.parametrize(
+    ("more", "word"),
+    [
+        ({"sliding_window": 128}, "sliding_window=128"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "linear_attention layers"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic rotary positions"),
+    ],
+)
+def test_models_whose_sequences_cannot_be_split(more: dict[str, Any], word: str) -> None:
+    model = HuggingFaceModel({**LLAMA.config, **more})
+    message = refused(model, 2, parallel={"context": 2})
+    assert "parallel.context=2" in message
+    assert word in message
+    allowed = HuggingFaceModel({**LLAMA.config, "sliding_window": 128, "use_sliding_window": False})
+    assert check_layout(build(values(parallel={"context": 2})), allowed, 4).data == 2
 
 
 def test_sequence_longer_than_the_model_can() -> None:
