@@ -1,38 +1,69 @@
-"""Speed of the sampler: picks per second, and the cost of opening a large corpus.
+"""Speed of the mixing engine: picks, opening a large corpus, feeding a batch, updating a mixer.
 
-    python scripts/benchmarks/mixing.py [--megatron] [--json FILE]
+    python scripts/benchmarks/mixing.py [--json FILE]
+    python scripts/benchmarks/mixing.py --against megatron:1e11 streaming:1e11 [--python PYTHON]
 
-``--megatron`` also lets Megatron-Core's ``BlendedMegatronDatasetBuilder`` index a corpus of 200 such domains, with as
-many tokens as ``--megatron-tokens`` says: its indexes grow with the tokens, so 10^12 of them need time and disk.
+Times are CPU seconds of this process, its reading threads included, so that a busy machine adds nothing to them. A
+step is one of the quickstart's model on one thread. ``--against`` also opens the same corpus of 200 domains with
+others, each in a process of its own, see ``mixing_openings.py``; their cost grows with the tokens, so 10^12 of them may
+need more time and memory than there are.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
-import resource
+import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "framework"))
+sys.path.insert(0, str(Path(__file__).parent))
+
+from mixing_openings import NUM_DOMAINS, SEQUENCE_LENGTH, corpus, resident_mib, seconds
 
 from rewarm.mixing.native import sampler_library
 from rewarm.mixing.sampler import SampledDomain, Sampler
-from rewarm.mixing.weights import quantise
+from rewarm.mixing.weights import align, quantise
 
-SEQUENCE_LENGTH = 4096
+if TYPE_CHECKING:
+    from rewarm.train.feed import Feed
+    from rewarm.train.run import Run
 
-
-def corpus(num_domains: int, total_tokens: int, seed: int = 0) -> list[int]:
-    """Tokens of each domain, log-normally uneven."""
-    sizes = np.random.default_rng(seed).lognormal(0, 1.5, num_domains)
-    return [max(10 * SEQUENCE_LENGTH, int(size)) for size in sizes / sizes.sum() * total_tokens]
+LENGTH, BATCH, VOCAB = 128, 16, 2048
+STAGE: dict[str, Any] = {
+    "name": "mixing",
+    "model": {
+        "num_layers": 4, "hidden_size": 128, "ffn_hidden_size": 352, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 1024, "tie_embeddings": True, "vocab_size": VOCAB,
+    },
+    "duration": "1000 steps",
+    "batch": {"sequence_length": LENGTH, "global_batch_size": BATCH, "micro_batch_size": BATCH},
+    "schedule": {"peak": 1e-4},
+    "evaluation": {"interval": "100 steps"},
+    "checkpoint": {"interval": None},
+    "tracking": {"wandb": {"mode": "disabled"}},
+}  # fmt: skip
+"""The quickstart's model and batch."""
+DOMAINS = [f"d{number}" for number in range(4)]
+MIXERS: dict[str, dict[str, Any]] = {
+    "velocitune": {"targets": dict.fromkeys(DOMAINS, 1.0)},
+    "dynamic_batch_loading": {"targets": dict.fromkeys(DOMAINS, 1.0)},
+    "odm": {},
+    "ado": {"warmup": "1 steps"},
+    "skill_it": {"graph": {name: {name: 1.0} for name in DOMAINS}},
+    "aioli": {},
+}
 
 
 def open_sampler(tokens: list[int], *, native: bool) -> Sampler:
@@ -48,114 +79,159 @@ def picks_per_second(num_domains: int, *, native: bool, repeats: int = 5) -> flo
     return max(count / seconds(lambda: sampler.draw(count)) for _ in range(repeats))
 
 
-def batch_microseconds(batch_size: int = 32, repeats: int = 2000) -> float:
-    """CPU time of drawing one global batch from 50 domains by numpy alone, microseconds."""
-    sampler = open_sampler(corpus(50, 10**12), native=False)
-    return 1e6 / repeats * seconds(lambda: [sampler.draw(batch_size) for _ in range(repeats)])
-
-
-def seconds(action: Callable[[], object]) -> float:
-    """CPU seconds of this process, which other load on the machine does not add to."""
-    started = time.process_time()
-    action()
-    return time.process_time() - started
-
-
-def resident_mib() -> float:
-    """Peak resident memory of this process, MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def opening(total_tokens: int) -> dict[str, float]:
     """Cost of opening 200 domains and drawing the first batch of 1024."""
-    tokens = corpus(200, total_tokens)
+    tokens = corpus(NUM_DOMAINS, total_tokens)
     before = resident_mib()
     cost = seconds(lambda: open_sampler(tokens, native=True).draw(1024))
     return {"tokens": total_tokens, "seconds": cost, "mib": resident_mib() - before}
 
 
-def megatron_opening(total_tokens: int, folder: Path) -> dict[str, float]:
-    """The same with Megatron-Core: token files that are holes on the disk, indexes as it builds them."""
-    import torch
-    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+def write_domains(folder: Path, names: list[str]) -> dict[str, str]:
+    """Pairs of noise: what reading costs does not depend on the tokens."""
+    from rewarm.data.indexed import IndexedWriter, token_dtype
 
-    tokens = corpus(200, total_tokens)
-    for index, size in enumerate(tokens):
-        _write_hollow_domain(folder / f"d{index}", size)
+    for number, name in enumerate(names):
+        writer = IndexedWriter(folder / name, token_dtype(VOCAB))
+        generator = np.random.default_rng(number)
+        for _ in range(100):
+            writer.add(generator.integers(0, VOCAB, 4000).astype(token_dtype(VOCAB)), [4000])
+        writer.close()
+    return {name: str(folder / name) for name in names}
 
-    class _Tokenizer:
-        unique_identifiers: dict[str, str] = {"class": "none"}  # noqa: RUF012
-        vocab_size = 65536
-        eod = 0
-        pad = 0
 
-    config = GPTDatasetConfig(
-        random_seed=1, sequence_length=SEQUENCE_LENGTH, split="100,0,0", path_to_cache=str(folder / "cache"),
-        blend=([str(folder / f"d{i}") for i in range(200)], np.sqrt(tokens).tolist()), tokenizer=_Tokenizer(),
-        reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False, mid_level_dataset_surplus=0.5,
+def open_run(folder: Path, data: dict[str, str], name: str, mixture: dict[str, Any]) -> Run:
+    """A run of the quickstart's model, before its first step."""
+    from rewarm.config.load import build
+    from rewarm.engine.build import build_engine
+    from rewarm.train.folder import prepare_folder
+    from rewarm.train.session import assemble
+    from rewarm.train.stage import resolve_stage
+
+    config = build({**STAGE, "name": name, "data": data, "mixture": mixture, "runs_folder": str(folder / "runs")})
+    prepare_folder(config)
+    stage = resolve_stage(config, 1)
+    return assemble(config, stage, build_engine(config, stage.architecture, stage.names))
+
+
+def open_feed(folder: Path, data: dict[str, str]) -> Feed:
+    """What feeds a run of the same batch from other domains, without a model."""
+    from rewarm.config.load import build
+    from rewarm.train.feed import Feed
+    from rewarm.train.stage import resolve_stage
+
+    stage = resolve_stage(build({**STAGE, "name": "many", "data": data, "runs_folder": str(folder / "runs")}), 1)
+    return Feed(
+        stage.sampler(None, []), stage.trained, global_batch_size=BATCH, total_samples=1000 * BATCH,
+        rank=0, num_ranks=1, vocab_size=VOCAB,
     )  # fmt: skip
-    before = resident_mib()
-    # As many samples as the rarest domain, in proportion to its weight, has in one epoch.
-    weights = np.sqrt(tokens) / np.sqrt(tokens).sum()
-    samples = int(min(np.array(tokens) // SEQUENCE_LENGTH / weights) * 0.5)
-
-    def build() -> None:
-        train = BlendedMegatronDatasetBuilder(GPTDataset, [samples, 0, 0], lambda: True, config).build()[0]
-        assert train is not None and torch.is_tensor(train[0]["tokens"])
-
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=0, world_size=1)
-    started = time.perf_counter()
-    cost = seconds(build)
-    wall = time.perf_counter() - started
-    torch.distributed.destroy_process_group()
-    disk = sum(path.stat().st_size for path in (folder / "cache").rglob("*") if path.is_file()) / 2**20
-    return {"tokens": total_tokens, "samples": samples, "seconds": cost, "wall_seconds": wall,
-            "mib": resident_mib() - before, "index_mib_on_disk": disk}  # fmt: skip
 
 
-def _write_hollow_domain(prefix: Path, size: int, document: int = 2000) -> None:
-    """A .bin of zeros that takes no disk, and its .idx of documents."""
-    from rewarm.data.indexed import IndexedWriter
+def feeding(run: Run, steps: int = 20) -> dict[str, float]:
+    """Milliseconds of a step, its hooks included but for evaluations, and of feeding a batch."""
+    from rewarm.train.hooks import standard_hooks
+    from rewarm.train.loop import train_one_step
 
-    writer = IndexedWriter(prefix, np.dtype(np.uint16))
-    writer.add(np.zeros(document, dtype=np.uint16), [document])
-    writer.close()
-    _stretch(prefix, size // document, document)
+    hooks = standard_hooks()
+    for hook in hooks:
+        hook.start(run)
+    step = 1e3 * statistics.median(seconds(lambda: train_one_step(run, hooks)) for _ in range(steps))
+    return {"step_ms": step, **shares(run.feed, step)}
 
 
-def _stretch(prefix: Path, count: int, document: int) -> None:
-    """Rewrite the index for ``count`` documents: header, number of sequences and documents, lengths, pointers, ends."""
-    header = prefix.with_suffix(".idx").read_bytes()[: 9 + 8 + 1]
-    lengths = np.full(count, document, dtype=np.int32)
-    pointers = np.arange(count, dtype=np.int64) * document * 2
-    counts = np.array([count, count + 1], dtype=np.uint64)
-    ends = np.arange(count + 1, dtype=np.int64)
-    parts = [header, *(part.tobytes() for part in (counts, lengths, pointers, ends))]
-    prefix.with_suffix(".idx").write_bytes(b"".join(parts))
-    with prefix.with_suffix(".bin").open("r+b") as file:
-        file.truncate(count * document * 2)
+def shares(feed: Feed, step: float, batches: int = 300) -> dict[str, float]:
+    """Milliseconds of feeding a batch, the median and the worst of many, and their shares of a step."""
+    feeds = sorted(1e3 * seconds(feed.next) for _ in range(batches))
+    median, worst = statistics.median(feeds), feeds[-1]
+    return {"feed_ms": median, "worst_feed_ms": worst, "share": median / step, "worst_share": worst / step}
+
+
+def updating(run: Run, folder: Path, updates: int = 100) -> dict[str, float]:
+    """CPU milliseconds of an evaluation of four domains, and of an update of each mixer after so many before it: the
+    decision, the line in the weight log with its sync, and the scheduling."""
+    from rewarm.config.mixture import MixtureConfig
+    from rewarm.evaluation.held_out import evaluate_domain
+    from rewarm.mixing.controller import MixtureController
+    from rewarm.mixing.mixers.build import build_mixer
+    from rewarm.mixing.weight_log import WeightLog
+
+    def evaluate() -> None:
+        for domain in run.stage.evaluated:
+            evaluate_domain(run.engine, domain, settings.windows_per_domain, settings.micro_batch_size, VOCAB)
+
+    settings = run.config.evaluation
+    figures = {"evaluation_ms": 1e3 * min(seconds(evaluate) for _ in range(2))}
+    for name, section in MIXERS.items():
+        config = MixtureConfig.model_validate({"mixer": name, name: section})
+        mixer = build_mixer(config, DOMAINS, np.full(4, 0.25), lambda text: int(text.split()[0]))
+        controller = MixtureController(
+            config, mixer, replayed={}, replay_fraction=0.0, total_samples=10**6, held_out={}
+        )  # fmt: skip
+        sampler = Sampler([SampledDomain(d, 10**6, d) for d in DOMAINS], 1, quantise(np.ones(4)))
+        log = WeightLog(folder / f"{name}.jsonl")
+
+        def update(number: int, controller: Any = controller, sampler: Sampler = sampler, log: Any = log) -> None:
+            losses = dict(zip(DOMAINS, 1.5 + (number + 2.0) ** -np.linspace(0.2, 0.5, 4), strict=True))
+            controller.observe(np.array([*losses.values()]) * 5e4, np.full(4, 50_000))
+            change = controller.propose(number, losses, sampler.sample_index + 48, sampler, log)
+            entry = controller.commit(change, log)
+            sampler.schedule_weights(align(entry.weights, DOMAINS), entry.sample)
+            sampler.draw(64)
+
+        spent = [seconds(lambda n=n: update(n)) for n in range(updates)]
+        figures[f"{name}_ms"] = 1e3 * statistics.median(spent[-10:])
+    return figures
+
+
+def against(contenders: list[str], python: str) -> list[dict[str, Any]]:
+    """Others on the same corpus, and this sampler at the same size."""
+    results: list[dict[str, Any]] = []
+    for contender in contenders:
+        name, _, tokens = contender.partition(":")
+        command = [python, str(Path(__file__).parent / "mixing_openings.py"), name, tokens]
+        started = time.perf_counter()
+        ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
+        if ran.returncode:
+            results.append({"contender": name, "tokens": tokens, "failed": ran.stderr.strip().splitlines()[-1:]})
+            continue
+        found = json.loads(ran.stdout.strip().splitlines()[-1])
+        results.append({"contender": name, **found, "wall_seconds": time.perf_counter() - started})
+    return results
+
+
+def measure() -> dict[str, Any]:
+    """All of rewarm's own figures."""
+    figures: dict[str, Any] = {"machine": platform.machine(), "numpy": np.__version__, "opening": opening(10**12)}
+    figures["numpy_picks_per_second"] = {k: picks_per_second(k, native=False) for k in (5, 50)}
+    if sampler_library() is not None:
+        figures["native_picks_per_second"] = {k: picks_per_second(k, native=True) for k in (5, 50, 200)}
+    else:
+        print("the native library is not built: python setup.py build_ext --inplace", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        many = [f"m{number}" for number in range(50)]
+        data = write_domains(folder, DOMAINS + many)
+        run = open_run(folder, {name: data[name] for name in DOMAINS}, "few", {"mixer": "odm"})
+        figures["feeding_4_domains"] = feeding(run)
+        figures["updating"] = updating(run, folder)
+        step = figures["feeding_4_domains"]["step_ms"]
+        figures["feeding_50_domains"] = shares(open_feed(folder, {name: data[name] for name in many}), step)
+        run.engine.close()
+    return figures
 
 
 def main() -> None:
     """Measure, print, and write the figures if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megatron", action="store_true", help="also index a corpus with Megatron-Core")
-    parser.add_argument("--megatron-tokens", type=float, default=1e9, help="tokens of that corpus")
+    parser.add_argument("--against", nargs="+", metavar="NAME:TOKENS", help="megatron:1e9, streaming:1e9, ...")
+    parser.add_argument("--python", default=sys.executable, help="interpreter that has what --against needs")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     arguments = parser.parse_args()
-    figures: dict[str, object] = {"machine": platform.processor() or platform.machine(), "numpy": np.__version__}
-    figures["opening"] = [opening(10**12)]
-    figures["numpy_picks_per_second"] = {k: picks_per_second(k, native=False) for k in (5, 50)}
-    figures["numpy_microseconds_per_batch_of_32"] = batch_microseconds()
-    if sampler_library() is not None:
-        figures["native_picks_per_second"] = {k: picks_per_second(k, native=True) for k in (5, 50, 200)}
+    if arguments.against:
+        figures: dict[str, Any] = {"against": against(arguments.against, arguments.python)}
+        figures["rewarm"] = [opening(int(float(one.partition(":")[2]))) for one in arguments.against]
     else:
-        print("the native library is not built: python setup.py build_ext --inplace", file=sys.stderr)
-    if arguments.megatron:
-        figures["opening_of_the_same_corpus"] = opening(int(arguments.megatron_tokens))
-        with tempfile.TemporaryDirectory() as folder:
-            figures["megatron"] = megatron_opening(int(arguments.megatron_tokens), Path(folder))
+        figures = measure()
     print(json.dumps(figures, indent=2))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")

@@ -87,6 +87,7 @@ def plain_steps(
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+    model.get_input_embeddings().padding_idx = None  # the batches hold that token, as text
     settings = config.optimizer
     decayed = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     others = [parameter for parameter in model.parameters() if parameter.dim() <= 1]

@@ -12,8 +12,9 @@ import torch
 
 from ranks.deepspeed_models import LEARNING_RATE, deepspeed_config, masked_batch
 from ranks.tiny import DOMAINS, global_batch
-from rewarm.engine.base import Batch, StepResult
+from rewarm.engine.base import Batch, Engine, StepResult
 from rewarm.engine.deepspeed.engine import DeepSpeedEngine
+from rewarm.errors import UserError
 from rewarm.model.description import HuggingFaceModel
 
 
@@ -27,7 +28,7 @@ def opened(folder: Path, settings: dict[str, Any], *, fill: bool = True) -> Iter
     engine.release()
 
 
-def share(engine: DeepSpeedEngine, whole: Batch) -> Batch:
+def share(engine: Engine, whole: Batch) -> Batch:
     """This data-parallel rank's part of a global batch."""
     mine = slice(engine.data_parallel_rank, None, engine.data_parallel_size)
     mask = None if whole.loss_mask is None else whole.loss_mask[mine].copy()
@@ -49,7 +50,7 @@ def train(folder: Path, cases: Sequence[dict[str, Any]], count: int, masked: boo
     return results
 
 
-def weights(engine: DeepSpeedEngine, scratch: Path) -> dict[str, np.ndarray]:
+def weights(engine: Engine, scratch: Path) -> dict[str, np.ndarray]:
     """The model through an export, on every rank."""
     from safetensors.torch import load_file
 
@@ -156,3 +157,21 @@ def families(folders: Sequence[Path], settings: dict[str, Any], target: Path) ->
             engine.export_huggingface(target / folder.name, tokenizer=None)
             logits.append(engine.next_token_logits(global_batch(9).tokens[0, :11]))
     return logits
+
+
+def mixing_layer(folder: Path, settings: dict[str, Any]) -> str:
+    """What a rehearsal says of a model that averages neighbouring positions between its layers."""
+    with opened(folder, settings) as engine:
+
+        def mix(module: torch.nn.Module, given: Any, hidden: torch.Tensor) -> torch.Tensor:
+            before = torch.nn.functional.pad(hidden, (0, 0, 1, 0))[:, :-1]
+            return (hidden + before) / 2
+
+        handle = engine.deepspeed.module.model.embed_tokens.register_forward_hook(mix)
+        try:
+            engine.dry_run(share(engine, global_batch(0)))
+        except UserError as error:
+            return str(error)
+        finally:
+            handle.remove()
+    return "nothing"

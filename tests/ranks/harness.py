@@ -1,6 +1,7 @@
 """Runs a function on several ranks: real processes over gloo, with a hard time-out and nobody left behind.
 
-The ranks are forked from a server that has imported torch and Megatron-Core once, so that a start costs little.
+The ranks are forked from a server that has imported torch, Megatron-Core and transformers once, so that a start costs
+little.
 """
 
 from __future__ import annotations
@@ -18,7 +19,15 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["rewarm.engine.megatron.engine", "ranks.workers"])
+_CONTEXT.set_forkserver_preload(
+    [
+        "rewarm.engine.megatron.engine",
+        "rewarm.train.session",
+        "transformers.models.llama.modeling_llama",
+        "ranks.workers",
+        "torch._dynamo",
+    ]
+)
 # Once a rank has failed the others stand in a collective that never comes; this long they may still report.
 _GRACE_SECONDS = 3.0
 

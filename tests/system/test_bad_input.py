@@ -37,6 +37,14 @@ MISTAKES = {
     "ignored setting": (["model={num_layers: 2}"], ["model is ignored with parent=runs/base"]),
     "replay of the unknown": (["replay.domains={countin: 1}"], ["countin", "counting"]),
     "window longer than the domain": (["batch.sequence_length=4000"], ["less than one window"]),
+    "offload without state": (
+        ["offload.mode=cpu", "optimizer={name: sgd, beta1: 0.9}"],
+        ["offload.mode=cpu moves the state of AdamW", "optimizer.name=sgd"],
+    ),
+    "offload without room": (
+        ["offload={mode: cpu, host_memory: 1e-6}"],
+        ["offload.mode=cpu needs", "of host memory per rank", "mode=auto or nvme"],
+    ),
     "too many passes": (["data.threes.max_epochs=0.01"], ["max_epochs=0.01", "threes"]),
 }
 

@@ -25,23 +25,48 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """A workplace in which each engine has trained four steps on two ranks of rewarm's own launcher."""
+    place = Workplace(tmp_path_factory.mktemp("launchers"))
+    write_domain(place.folder / "counting", 1)
+    (place.folder / "base.yaml").write_text(BASE)
+    # Two names of one machine stand for two machines.
+    (place.folder / "hosts").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
+    for engine in ("megatron", "deepspeed"):
+        place.run("train", "base.yaml", f"name={engine}", f"engine={engine}", "parallel.data=2", "stop_at=4 steps")
+    return place
+
+
+CASES = {
+    "torchrun": ("torchrun.sh", "megatron", [{"RANKS": "2"}]),
+    "deepspeed": ("deepspeed.sh", "deepspeed", [{"RANKS": "2"}]),
+    "deepspeed with a hostfile": (
+        "deepspeed.sh",
+        "deepspeed",
+        [{"HOSTFILE": "hosts", "HEAD": "127.0.0.1", "NODE": node} for node in "01"],
+    ),
+}
+
+
 @pytest.mark.timeout(290)
-@pytest.mark.parametrize("script", ["torchrun.sh", "deepspeed.sh"])
-def test_two_ranks_of_another_launcher(tmp_path: Path, script: str, without_timing: Callable[[Lines], Lines]) -> None:
-    place = Workplace(tmp_path)
-    write_domain(tmp_path / "counting", 1)
-    (tmp_path / "base.yaml").write_text(BASE)
-    place.run("train", "base.yaml", "name=local", "parallel.data=2", "stop_at=4 steps")
-    environment = {**place.environment(), "RANKS": "2", "PORT": free_port(), "REWARM_PYTHON": sys.executable}
-    process = subprocess.Popen(
-        ["bash", str(LAUNCH / script), "base.yaml", "name=other", "stop_at=4 steps"],
-        cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )  # fmt: skip
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_of_another_launcher(place: Workplace, case: str, without_timing: Callable[[Lines], Lines]) -> None:
+    script, engine, machines = CASES[case]
+    name, port = case.replace(" ", "-") + "-launcher", free_port()
+    started = [
+        subprocess.Popen(
+            ["bash", str(LAUNCH / script), "base.yaml", f"name={name}", f"engine={engine}", "stop_at=4 steps"],
+            cwd=place.folder, env={**place.environment(), **machine, "PORT": port, "REWARM_PYTHON": sys.executable},
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )
+        for machine in machines
+    ]  # fmt: skip
     try:
-        output, _ = process.communicate(timeout=150)
+        outputs = [process.communicate(timeout=250)[0] for process in started]
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, output
-    assert without_timing(place.lines("other")) == without_timing(place.lines("local"))
+        for process in started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert [process.returncode for process in started] == [0] * len(started), outputs
+    assert without_timing(place.lines(name)) == without_timing(place.lines(engine))

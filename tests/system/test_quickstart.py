@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,14 +45,23 @@ def shell(place: Path, command: str, timeout: float = 280) -> str:
     return ran.stdout
 
 
-def test_quickstart_twice_and_its_configs_on_four_ranks(place: Path) -> None:
+@pytest.fixture(scope="module")
+def first(place: Path) -> str:
+    """What the quickstart prints, in a folder where it was not run before."""
+    return shell(place, "bash scripts/quickstart.sh 'duration=12 steps'")
+
+
+def check_exports(output: str) -> None:
+    for domain in ("english", "python", "cpp"):
+        assert re.search(rf"{domain}: engine (\d+\.\d+), transformers \d+\.\d+ nats/token, equal to 0.0001", output)
+    assert re.search(r"it writes: .The module", output)
+
+
+def test_quickstart_twice_and_its_configs_on_four_ranks(place: Path, first: str) -> None:
     assert "bash scripts/quickstart.sh" in (ROOT / "README.md").read_text()
-    first = shell(place, "bash scripts/quickstart.sh 'duration=12 steps'")
     again = shell(place, "bash scripts/quickstart.sh 'duration=12 steps'")
-    for output in (first, again):
-        for domain in ("english", "python", "cpp"):
-            assert re.search(rf"{domain}: engine (\d+\.\d+), transformers \d+\.\d+ nats/token, equal to 0.0001", output)
-        assert re.search(r"it writes: .The module", output)
+    check_exports(first)
+    check_exports(again)
     table = [line for line in first.splitlines() if "learned" in line or "forgot" in line]
     assert table == [line for line in again.splitlines() if "learned" in line or "forgot" in line] and len(table) >= 4
     assert (place / "runs" / "quickstart-continue" / "huggingface" / "model.safetensors").exists()
@@ -63,3 +74,18 @@ def test_quickstart_twice_and_its_configs_on_four_ranks(place: Path) -> None:
     assert len(losses[0]) == 3
     for one, four in zip(*losses, strict=True):
         assert float(four) == pytest.approx(float(one), abs=1e-4)
+
+
+def test_quickstart_under_deepspeed_ends_where_megatron_does(place: Path, first: str) -> None:
+    check_exports(shell(place, "bash scripts/quickstart.sh engine=deepspeed 'duration=12 steps'"))
+    for stage in ("base", "continue"):
+        ours, theirs = (evaluations(place / "runs" / f"quickstart-{stage}{engine}") for engine in ("", "-deepspeed"))
+        assert [line["step"] for line in ours] == [line["step"] for line in theirs] == [0, 12]
+        for one, other in zip(ours, theirs, strict=True):
+            assert one["domains"].keys() == other["domains"].keys()
+            for name, domain in one["domains"].items():
+                assert other["domains"][name]["loss"] == pytest.approx(domain["loss"], abs=1e-4), (stage, name)
+
+
+def evaluations(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "evaluation.jsonl").read_text().splitlines()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from rewarm.launch.records import attempts
 from system.conftest import write_domain
 from system.slurm_cluster import ROOT, STAGE, STEPS, Cluster, needs_slurm
 from system.slurm_cluster import cluster as cluster
+from wandb_files import read_history
 
 pytestmark = [*needs_slurm, pytest.mark.timeout(240)]
 
@@ -46,7 +48,8 @@ def outcomes(cluster: Cluster, name: str) -> list[str]:
 
 
 def test_time_limit_saves_requeues_and_finishes(cluster: Cluster, check_same: Callable[[str], None]) -> None:
-    (job,) = cluster.submit("limit", "--until-done", "--partition", "short", time="1")
+    wandb = "tracking.wandb.mode=offline"
+    (job,) = cluster.submit("limit", wandb, "--until-done", "--partition", "short", time="1")
     with cluster.frozen("limit", 5):
         cluster.wait("SLURM's warning", lambda: cluster.log_says(f"warning signal 12 to JobId={job}\n"), 70)
     cluster.wait("the requeue", lambda: cluster.field(job, "Restarts") == "1", 30)
@@ -58,6 +61,11 @@ def test_time_limit_saves_requeues_and_finishes(cluster: Cluster, check_same: Ca
     first, second, *_ = attempts(cluster.folder / "runs" / "limit")
     assert first.last_step == second.first_step and 5 <= second.first_step < STEPS
     assert "limit  finished" in cluster.run("status", "runs/limit")
+    # One wandb run over all attempts, without a gap and with no step twice.
+    run = cluster.folder / "runs" / "limit"
+    parts = {path.name.rsplit("-", 1)[1] for path in run.glob("wandb/offline-run-*")}
+    assert parts == {json.loads((run / "wandb.json").read_text())["id"]}
+    assert [row["_step"] for row in read_history(run)] == list(range(STEPS + 1))
 
 
 def test_preempted_by_a_higher_priority(cluster: Cluster, check_same: Callable[[str], None]) -> None:

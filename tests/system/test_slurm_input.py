@@ -40,11 +40,15 @@ def refused(cluster: Cluster, *words: str) -> str:
         ({"ranks_per_node": "3"}, "batch.global_batch_size"),
         ({"ranks_per_node": None, "gpus_per_node": "1"}, "has no GPUs"),
         ({"ranks_per_node": None}, "neither --gpus-per-node nor --ranks-per-node"),
+        ({"cluster": "nowhere.yaml"}, "cannot read the cluster file nowhere.yaml"),
+        ({"cluster": "small.yaml"}, "--nodes 2 is more than the 1 nodes of small"),
         ({"container": "missing.sif"}, "there is no container image missing.sif"),
         ({"container": "nvcr.io#nvidia/pytorch:25.06-py3"}, "needs Enroot's Pyxis plugin"),
     ],
 )
 def test_what_cannot_work_is_not_queued(cluster: Cluster, changes: dict[str, str | None], message: str) -> None:
+    small = "name: small\nnodes: 1\ngpus_per_node: 1\ngpu_memory: 1\nhost_memory: 1\n"
+    (cluster.folder / "small.yaml").write_text(small)
     assert message in refused(cluster, "name=bad", *arguments(**changes))
 
 

@@ -32,6 +32,8 @@ def show(
         rewarm config show configs/quickstart/continue.yaml
 
         rewarm config show configs/quickstart/continue.yaml schedule.kind=wsd duration='1e9 tokens'
+
+        rewarm config show my.yaml --deepspeed parallel.data=8
     """
     from rewarm.config.load import dump, load
     from rewarm.schedule.learning_rate import LearningRate
@@ -41,6 +43,8 @@ def show(
         from rewarm.engine.deepspeed.json import show_json
 
         sys.stdout.write(show_json(settings))
+        if settings.parallel.data == "auto":
+            typer.echo("parallel.data=auto is counted as 1 here; more ranks accumulate fewer steps each", err=True)
         return
     schedule = LearningRate(settings.schedule, settings.total_tokens, settings.tokens_per_step)
     sys.stdout.write(dump(settings))

@@ -15,8 +15,9 @@ def convert(
 ) -> None:
     """Make a run of the other engine that goes on where this one stands, for models that both know.
 
-    Weights, lineage, sampler and schedule are carried over; the optimizer's moments start again from zero. What only
-    one engine has (parallel.*, megatron.*, deepspeed.*) is left at its defaults and may be set when the run goes on.
+    Weights, the optimizer's state, lineage, sampler and schedule are carried over, so that the new run's steps are
+    those that the old one would have made. What only one engine has (parallel.*, megatron.*, deepspeed.*) is left at
+    its defaults and may be set when the run goes on.
 
     [bold]Examples[/bold]
 
@@ -28,4 +29,4 @@ def convert(
 
     target = output or run.parent / f"{run.name}-{engine}"
     checkpoint = convert_run(run, engine, target)
-    print(f"converted to {checkpoint}; go on with: rewarm train {target / 'config.yaml'}")
+    print(f"converted to {checkpoint}, with the optimizer's state; go on with: rewarm train {target / 'config.yaml'}")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rewarm.mixing.targets import Target
 
 app = typer.Typer(
-    help="Domain weights: try a mixer, fit targets, propose a mixture, audit a run.",
+    help="Domain weights: try a mixer, fit targets, propose a mixture, audit a run, average its weights.",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
@@ -175,6 +175,36 @@ def audit(
     _print_audit(result, as_json)
     if result.different:
         raise typer.Exit(1)
+
+
+@app.command("average")
+def average(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+) -> None:
+    """Mean weights of a run's new domains, as JSON that another stage takes as its mixture.weights.
+
+    Of the loss under mixer doremi, else of the samples; each update counts as long as it was in force.
+
+    [bold]Example[/bold]
+
+        rewarm train large.yaml mixture.weights="$(rewarm mixture average runs/proxy)"
+    """
+    import yaml
+
+    from rewarm.mixing.average import average_shares
+    from rewarm.mixing.mixers import MIXERS
+    from rewarm.mixing.weight_log import WeightLog
+
+    state, _ = _run_facts(run)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    mixer = MIXERS.get(config["mixture"]["mixer"])
+    shares = average_shares(
+        WeightLog(run / "mixture.jsonl").entries(),
+        int(state["sampler"]["sample_index"]),
+        list(config["data"]),
+        objective=mixer is not None and mixer.steers_objective,
+    )
+    sys.stdout.write(json.dumps({name: round(share, 9) for name, share in shares.items()}) + "\n")
 
 
 def _run_facts(run: Path) -> tuple[dict[str, Any], int]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from rewarm.config.offload import OffloadConfig
+    from rewarm.config.run import RunConfig
     from rewarm.offload.device import Device
     from rewarm.offload.placement import Scored
     from rewarm.offload.profile import Profile
@@ -21,10 +24,16 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
+ConfigArgument = Annotated[Path | None, typer.Argument(help="A run's YAML file, whose model and offload are taken.")]
+OverridesArgument = Annotated[list[str] | None, typer.Argument(help="Settings of the run to change, as a.b.c=value.")]
 ProfileOption = Annotated[Path | None, typer.Option("--profile", help="A profile's file; this machine's if not given.")]
-ParametersOption = Annotated[float, typer.Option("--parameters", help="Parameters of the model, such as 20e9.")]
-ForwardOption = Annotated[float, typer.Option("--forward", help="Seconds of one forward pass.")]
-BackwardOption = Annotated[float, typer.Option("--backward", help="Seconds of one backward pass.")]
+ParametersOption = Annotated[float | None, typer.Option("--parameters", help="Parameters of the model, such as 20e9.")]
+ForwardOption = Annotated[
+    float, typer.Option("--forward", help="Seconds of one forward pass beside which updates may run.")
+]
+BackwardOption = Annotated[
+    float, typer.Option("--backward", help="Seconds of one backward pass beside which state may move.")
+]
 RanksOption = Annotated[int, typer.Option("--ranks", min=1, help="Ranks of this node.")]
 ShardsOption = Annotated[
     int | None,
@@ -43,8 +52,11 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 @app.command("profile")
 def profile(
+    config: ConfigArgument = None,
+    overrides: OverridesArgument = None,
     nvme: Annotated[list[Path] | None, typer.Option("--nvme", help="Folder on a local drive; repeat for more.")] = None,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="Threads of one rank's update.")] = None,
+    ranks: RanksOption = 1,
     seconds: Annotated[float, typer.Option("--seconds", min=0.5, help="About how long it may take.")] = 20.0,
     stand_in: Annotated[
         float | None, typer.Option("--stand-in", min=0.01, help="Without a GPU: a link of this many GB/s each way.")
@@ -56,16 +68,21 @@ def profile(
 
     [bold]Examples[/bold]
 
+        rewarm offload profile my.yaml --ranks 8
+
         rewarm offload profile --nvme /local/nvme0 --nvme /local/nvme1
 
         rewarm offload profile --stand-in 2 --seconds 5
     """
-    from rewarm.offload.profile import cache_path, measure
+    from rewarm.offload.profile import cache_path, check_drives, measure
 
-    threads = threads or max(1, len(os.sched_getaffinity(0)) - 1)
-    device = _device(stand_in)
-    measured = measure(device, threads=threads, nvme_paths=nvme or [], seconds=seconds, device_free=4e9)
-    path = output or cache_path(measured.fingerprint)
+    settings = _run(config, overrides).offload if config is not None else _settings(None)
+    threads = threads or settings.cpu_threads or max(1, len(os.sched_getaffinity(0)) // ranks - 1)
+    paths = nvme or [Path(path) for path in settings.nvme_paths]
+    check_drives([str(path) for path in paths])
+    device = _device(settings.stand_in if stand_in is None else stand_in, required=config is None)
+    measured = measure(device, threads=threads, nvme_paths=paths, seconds=seconds, device_free=4e9)
+    path = output or (Path(settings.profile) if settings.profile else cache_path(measured.fingerprint))
     measured.save(path)
     if output is None:
         measured.save(cache_path("latest"))
@@ -78,9 +95,11 @@ def profile(
 
 @app.command("place")
 def place(
-    parameters: ParametersOption,
-    forward: ForwardOption,
-    backward: BackwardOption,
+    config: ConfigArgument = None,
+    overrides: OverridesArgument = None,
+    parameters: ParametersOption = None,
+    forward: ForwardOption = 0.0,
+    backward: BackwardOption = 0.0,
     profile: ProfileOption = None,
     ranks: RanksOption = 1,
     shards: ShardsOption = None,
@@ -92,7 +111,9 @@ def place(
 ) -> None:
     """Place the optimizer state and hold the prediction against known systems and the lower bound.
 
-    [bold]Example[/bold]
+    [bold]Examples[/bold]
+
+        rewarm offload place my.yaml offload.mode=auto --ranks 8 --device-memory 20
 
         rewarm offload place --parameters 20e9 --ranks 4 --forward 0.21 --backward 0.97 --device-memory 8
     """
@@ -100,14 +121,13 @@ def place(
     from rewarm.offload.plan import plan
     from rewarm.offload.relaxation import relax
 
-    config = _config(settings)
-    machine, job = _case(
-        profile, parameters, forward, backward, ranks, shards, micro_batches, device_memory, clip, config
-    )
-    chosen = plan(config, machine, job)
-    subgroups = subgroup_count(job, config.subgroup_size)
-    known = [score(machine, job, placement) for placement in corners(machine, job, subgroups, slots=config.slots)]
-    bound = relax(machine, job, subgroups, slots=chosen.placement.slots, split=config.split_master)[0].seconds
+    share = _Share(parameters, forward, backward, ranks, shards, micro_batches, device_memory, clip)
+    chosen_settings, machine, job = _case(config, overrides, settings, profile, share)
+    chosen = plan(chosen_settings, machine, job)
+    size, slots, split = chosen_settings.subgroup_size, chosen.placement.slots, chosen_settings.split_master
+    subgroups = subgroup_count(job, size)
+    known = [score(machine, job, placement) for placement in corners(machine, job, subgroups, slots=slots)]
+    bound = relax(machine, job, subgroups, slots=slots, split=split)[0].seconds
     if as_json:
         rows = [{"name": row.placement.name, "seconds": row.seconds} for row in known]
         answer = {"placement": chosen.placement.as_dict(), "seconds": chosen.seconds, "bound": bound, "known": rows}
@@ -118,9 +138,11 @@ def place(
 
 @app.command("trace")
 def trace(
-    parameters: ParametersOption,
-    forward: ForwardOption,
-    backward: BackwardOption,
+    config: ConfigArgument = None,
+    overrides: OverridesArgument = None,
+    parameters: ParametersOption = None,
+    forward: ForwardOption = 0.0,
+    backward: BackwardOption = 0.0,
     output: Annotated[Path, typer.Option("--output", "-o", help="Chrome trace to write.")] = Path("offload-trace.json"),
     png: Annotated[Path | None, typer.Option("--png", help="Gantt chart to write.")] = None,
     profile: ProfileOption = None,
@@ -133,7 +155,9 @@ def trace(
 ) -> None:
     """Write the predicted timeline of one step: open it in ui.perfetto.dev.
 
-    [bold]Example[/bold]
+    [bold]Examples[/bold]
+
+        rewarm offload trace my.yaml offload.mode=streamed --png step.png
 
         rewarm offload trace --parameters 7e9 --forward 0.1 --backward 0.3 --set mode=auto --png step.png
     """
@@ -141,11 +165,9 @@ def trace(
     from rewarm.offload.plan import plan
     from rewarm.offload.simulate import chrome_trace, draw
 
-    config = _config(settings)
-    machine, job = _case(
-        profile, parameters, forward, backward, ranks, shards, micro_batches, device_memory, clip, config
-    )
-    chosen = plan(config, machine, job)
+    share = _Share(parameters, forward, backward, ranks, shards, micro_batches, device_memory, clip)
+    chosen_settings, machine, job = _case(config, overrides, settings, profile, share)
+    chosen = plan(chosen_settings, machine, job)
     timeline = predict(machine, job, chosen.placement)
     output.write_text(chrome_trace(timeline))
     typer.echo(f"wrote {output}: {timeline.seconds:.3f} s, {chosen.placement.describe()}")
@@ -154,15 +176,33 @@ def trace(
         typer.echo(f"wrote {png}")
 
 
-def _device(stand_in: float | None) -> Device:
-    from rewarm.offload.device import ThrottledDevice, open_device
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """What is said on the command line about the job."""
 
-    if stand_in is None:
-        return open_device()
-    return ThrottledDevice(h2d=stand_in * 1e9, d2h=stand_in * 1e9, duplex=2 * stand_in * 1e9)
+    parameters: float | None
+    forward: float
+    backward: float
+    ranks: int
+    shards: int | None
+    micro_batches: int
+    device_memory: float | None
+    clip: bool
 
 
-def _config(settings: list[str] | None) -> Any:
+def _device(stand_in: float | None, *, required: bool) -> Device:
+    from rewarm.offload.device import open_device
+
+    return open_device(stand_in, required=required)
+
+
+def _run(path: Path, overrides: list[str] | None) -> RunConfig:
+    from rewarm.config.load import load
+
+    return load(path, overrides or [])
+
+
+def _settings(settings: list[str] | None) -> OffloadConfig:
     import yaml
     from pydantic import ValidationError
 
@@ -189,34 +229,69 @@ def _config(settings: list[str] | None) -> Any:
 
 
 def _case(
-    path: Path | None,
-    parameters: float,
-    forward: float,
-    backward: float,
-    ranks: int,
-    shards: int | None,
-    micro_batches: int,
-    device_memory: float | None,
-    clip: bool,
-    config: Any,
-) -> tuple[Machine, Job]:
-    """This rank's share of the machine and of the model."""
+    config: Path | None, overrides: list[str] | None, settings: list[str] | None, profile: Path | None, share: _Share
+) -> tuple[OffloadConfig, Machine, Job]:
+    """The settings, and this rank's share of the machine and of the model."""
     from rewarm.errors import UserError
     from rewarm.offload.profile import cache_path, load
     from rewarm.offload.routes import Job
 
-    for name, value in (("parameters", parameters), ("forward", forward), ("backward", backward)):
-        if not 0 < value < float("inf"):
+    parameters, shards = share.parameters, share.shards or share.ranks
+    grad_bytes = param_bytes = 2
+    if config is None:
+        chosen = _settings(settings)
+        if parameters is None:
+            raise UserError("whose state is to be placed is not said", fix="name a run's YAML file, or --parameters")
+    else:
+        if settings:
+            raise UserError(f"--set {settings[0]} beside {config}", fix=f"write offload.{settings[0]} after the file")
+        run = _run(config, overrides)
+        chosen = run.offload
+        parameters = _parameters(run) if parameters is None else parameters
+        shards = share.shards or max(share.ranks, _ranks(run))
+        # Both engines reduce gradients in fp32; DeepSpeed keeps its own fp32 parameters on the device.
+        half = run.precision == "bfloat16" and run.engine == "megatron"
+        grad_bytes, param_bytes = 4, 2 if half else 4
+    for name, value in (("parameters", parameters), ("forward", share.forward), ("backward", share.backward)):
+        if not 0 <= value < float("inf") or (name == "parameters" and value == 0):
             raise UserError(f"--{name} {value:g} must be positive")
-    measured = load(path or cache_path("latest"))
-    machine = measured.machine(
-        ranks=ranks,
-        host_memory=None if config.host_memory is None else config.host_memory * 1e9,
-        device_free=None if device_memory is None else device_memory * 1e9,
-        size=config.subgroup_size,
+    file = profile or (Path(chosen.profile) if chosen.profile else cache_path("latest"))
+    memory = chosen.device_memory if share.device_memory is None else share.device_memory
+    machine = load(file).machine(
+        ranks=share.ranks,
+        host_memory=None if chosen.host_memory is None else chosen.host_memory * 1e9,
+        device_free=None if memory is None else memory * 1e9,
+        size=chosen.subgroup_size,
     )
-    share = max(1, round(parameters / (shards or ranks)))
-    return machine, Job(share, forward, backward, micro_batches=micro_batches, clip=clip)
+    job = Job(
+        max(1, round(parameters / shards)),
+        max(1e-6, share.forward),
+        max(1e-6, share.backward),
+        micro_batches=share.micro_batches,
+        grad_bytes=grad_bytes,
+        param_bytes=param_bytes,
+        clip=share.clip,
+    )
+    return chosen, machine, job
+
+
+def _parameters(run: RunConfig) -> float:
+    """Parameters of a run's model."""
+    from rewarm.engine.layout import parameter_count
+    from rewarm.errors import UserError
+    from rewarm.model.architecture import Architecture
+    from rewarm.train.stage import resolve_stage
+
+    architecture = resolve_stage(run, _ranks(run)).architecture
+    if not isinstance(architecture, Architecture):
+        raise UserError("how many parameters the model has is known once it is built", fix="give --parameters")
+    return float(parameter_count(architecture))
+
+
+def _ranks(run: RunConfig) -> int:
+    from rewarm.launch.start import local_rank_count
+
+    return local_rank_count(run)
 
 
 def _print_profile(measured: Profile) -> None:

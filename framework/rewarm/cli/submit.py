@@ -32,6 +32,9 @@ def submit(
     warning: Annotated[int, typer.Option(min=1, help="Seconds before the limit to save and stop at.")] = 120,
     exclude: Annotated[str | None, typer.Option(help="Nodes to avoid, as a SLURM node list.")] = None,
     option: Annotated[list[str] | None, typer.Option(help="Any further sbatch option, such as qos=high.")] = None,
+    cluster: Annotated[
+        Path | None, typer.Option(help="Description of the nodes, as in configs/clusters: plans the memory of a GPU.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, write the batch script, queue nothing.")] = False,
 ) -> None:
     """Queue a stage on a SLURM cluster.
@@ -48,6 +51,7 @@ def submit(
     from rewarm.config.load import load
     from rewarm.launch.batch_script import JobRequest
     from rewarm.launch.submit import check_submission, follow_up, queue, write_submission
+    from rewarm.planner.cluster import load_cluster
 
     if ranks_per_node is not None and gpus_per_node and ranks_per_node != gpus_per_node:
         raise UserError(
@@ -63,7 +67,8 @@ def submit(
         nodes, ranks_per_node or gpus_per_node, gpus_per_node, time, partition, account, container, cpus_per_rank,
         warning, exclude, tuple(text.lstrip("-") for text in option or []), again,
     )  # fmt: skip
-    for message in check_submission(settings, request):
+    nodes_of = load_cluster(cluster) if cluster is not None else None
+    for message in check_submission(settings, request, nodes_of):
         typer.echo(f"note     {message}")
     submission = write_submission(settings, request)
     if dry_run:

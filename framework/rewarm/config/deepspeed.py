@@ -103,6 +103,30 @@ def check_engine(config: RunConfig) -> None:
             )
     if config.engine == "deepspeed":
         _check_deepspeed(config)
+        _check_context(config)
+    elif config.parallel.context > 1:
+        raise ValueError(
+            f"parallel.context={config.parallel.context} is not possible with engine=megatron, whose context "
+            "parallelism needs an attention that is not used here; use engine=deepspeed for it"
+        )
+
+
+def _check_context(config: RunConfig) -> None:
+    context, length = config.parallel.context, config.batch.sequence_length
+    if context == 1:
+        return
+    if config.parallel.tensor > 1:
+        raise ValueError(
+            f"parallel.context={context} cannot be combined with parallel.tensor={config.parallel.tensor}: "
+            "both divide the heads; set one of them to 1"
+        )
+    if config.deepspeed.attention not in ("auto", "sdpa"):
+        raise ValueError(
+            f"deepspeed.attention={config.deepspeed.attention} is not possible with parallel.context={context}, which "
+            "splits torch's attention kernels; set it to sdpa"
+        )
+    if length % context:
+        raise ValueError(f"batch.sequence_length={length} is not a multiple of parallel.context={context}")
 
 
 def _check_deepspeed(config: RunConfig) -> None:

@@ -92,6 +92,22 @@ class DynamicBatchLoadingConfig(_Targets):
     """Share of the batch that is spread equally; the default is the published code's."""
 
 
+class DoReMiConfig(Section):
+    """Weights of the loss, not of the samples, that grow where the model is worse than a reference (Xie et al. 2023).
+
+    The samples keep ``mixture.weights``, equal if not given, which is also what the weights of the loss start from.
+    The method's result is their mean: ``rewarm mixture average RUN``.
+    """
+
+    reference: dict[str, float] | str
+    """Held-out loss of a reference model on each new domain, in nats per token; or a run or checkpoint that evaluated
+    the same held-out windows; or the output of ``rewarm evaluate --json``."""
+    step_size: float = Field(1.0, gt=0)
+    """Factor of the excess losses, which are clipped at 0; 1 in the paper."""
+    floor: float = Field(1e-3, ge=0, lt=1)
+    """Share of the loss that is spread equally; the paper's smoothing."""
+
+
 class ODMConfig(Section):
     """Online data mixing: a bandit whose reward is the training loss (Albalak et al. 2023)."""
 
@@ -130,19 +146,62 @@ class SkillItConfig(Section):
     """Evaluations whose losses are summed."""
 
 
+class AioliConfig(Section):
+    """Weights from how much training on each domain lowers every loss, measured by probes (Chen et al. 2024).
+
+    At each evaluation of a round's first part another domain's probe begins; then the mixture that they ask for holds.
+    The probes are ordinary training steps of the run.
+    """
+
+    step_size: float = Field(0.2, gt=0)
+    """Factor before the exponential; 0.1 to 0.5 in the published runs."""
+    probe_share: float = Field(0.625, gt=0, le=1)
+    """Share of the probed domain among the new ones, above an equal share; the others divide the rest. The published
+    runs take 0.5 to 0.625."""
+    probes_per_domain: int = Field(4, ge=1)
+    """Probes of each domain in a round, one evaluation interval each; 4 in the published runs."""
+    hold: int = Field(16, ge=1)
+    """Evaluations that the mixture holds before the next round of probes."""
+    matrix_decay: float = Field(0.0, ge=0, lt=1)
+    """Share of the older rounds' measurements that each round keeps."""
+
+
+class ConditioningConfig(Section):
+    """Metadata conditioning, then cooldown (Gao et al. 2025): a text before each document of a domain, without loss of
+    its own, for the first part of the stage; plain windows for the rest, so that the model needs no text in front."""
+
+    prefixes: dict[str, str] = Field(min_length=1)
+    """Text by domain, as "source: wikipedia\\n\\n"; replayed domains may be named too. A domain that is left out is
+    always plain, and so is every evaluation. It stands at the start of each window and before each document that
+    begins in it; what it pushes beyond the window's end is not trained on in this pass over the domain."""
+    until: Duration | None = None
+    """Where in the stage the cooldown begins: steps, tokens or a percentage. Null means 90%, as in the paper, unless
+    ``until_learning_rate_fraction`` is set."""
+    until_learning_rate_fraction: float | None = Field(None, gt=0, lt=1)
+    """The cooldown begins when the learning rate has fallen to this fraction of the schedule's peak."""
+
+    @model_validator(mode="after")
+    def _check_trigger(self) -> ConditioningConfig:
+        if self.until is not None and self.until_learning_rate_fraction is not None:
+            raise ValueError("conditioning ends by until or by until_learning_rate_fraction: remove one of the two")
+        return self
+
+
 MIXER_SECTIONS: dict[str, type[Section]] = {
     "temperature": TemperatureConfig,
     "unimax": UniMaxConfig,
     "phased": PhasedConfig,
     "velocitune": VelocituneConfig,
     "dynamic_batch_loading": DynamicBatchLoadingConfig,
+    "doremi": DoReMiConfig,
     "odm": ODMConfig,
     "ado": ADOConfig,
     "skill_it": SkillItConfig,
+    "aioli": AioliConfig,
 }
 """The section of each mixer that has settings."""
 
-CLOSED_LOOP = frozenset({"velocitune", "dynamic_batch_loading", "odm", "ado", "skill_it"})
+CLOSED_LOOP = frozenset({"velocitune", "dynamic_batch_loading", "doremi", "odm", "ado", "skill_it", "aioli"})
 """Mixers that are updated at evaluations."""
 
 
@@ -151,14 +210,22 @@ class MixtureConfig(Section):
 
     mixer: Literal[
         "static", "proportional", "temperature", "unimax", "phased",
-        "velocitune", "dynamic_batch_loading", "odm", "ado", "skill_it",
+        "velocitune", "dynamic_batch_loading", "doremi", "odm", "ado", "skill_it", "aioli",
     ] = "static"  # fmt: skip
     """static: the given weights. proportional: by each domain's tokens. temperature, unimax: between proportional and
-    equal. phased: one blend after the other. velocitune, dynamic_batch_loading, odm, ado, skill_it: weights that follow
-    the losses, see their sections."""
+    equal. phased: one blend after the other. velocitune, dynamic_batch_loading, odm, ado, skill_it, aioli: weights that
+    follow the losses, see their sections. doremi: static weights of the samples, and weights of the loss that follow
+    it."""
     weights: dict[str, float] | None = None
     """Weight of each domain at the start, any positive scale; null means equal weights (ado: by tokens). Refused by the
     mixers that compute them: proportional, temperature and unimax."""
+    objective: dict[str, float] | None = None
+    """Weights of domains in the loss, where it should stand for another mixture than the one that is sampled: each
+    window counts (share of the objective) / (share of the samples) times. Any positive scale; the domains named here
+    divide what they are sampled at together, a replayed one may be named too, and the others count once. Null means
+    that every window counts once."""
+    conditioning: ConditioningConfig | None = None
+    """A text in front of each domain's documents for the first part of the stage; null means none."""
     temperature: TemperatureConfig | None = None
     """Settings of mixer temperature."""
     unimax: UniMaxConfig | None = None
@@ -169,12 +236,16 @@ class MixtureConfig(Section):
     """Settings of mixer velocitune."""
     dynamic_batch_loading: DynamicBatchLoadingConfig | None = None
     """Settings of mixer dynamic_batch_loading."""
+    doremi: DoReMiConfig | None = None
+    """Settings of mixer doremi."""
     odm: ODMConfig | None = None
     """Settings of mixer odm."""
     ado: ADOConfig | None = None
     """Settings of mixer ado."""
     skill_it: SkillItConfig | None = None
     """Settings of mixer skill_it."""
+    aioli: AioliConfig | None = None
+    """Settings of mixer aioli."""
 
     @field_validator("weights")
     @classmethod
@@ -183,10 +254,21 @@ class MixtureConfig(Section):
             check_shares(weights, "mixture.weights")
         return weights
 
+    @field_validator("objective")
+    @classmethod
+    def _check_objective(cls, objective: dict[str, float] | None) -> dict[str, float] | None:
+        if objective is not None:
+            check_shares(objective, "mixture.objective")
+        return objective
+
     @model_validator(mode="after")
     def _check_ignored(self) -> MixtureConfig:
         if self.mixer in ("proportional", "temperature", "unimax") and self.weights is not None:
             raise ValueError(f"mixture.weights is ignored by mixture.mixer={self.mixer}: remove one of the two")
+        if self.mixer == "doremi" and self.objective is not None:
+            raise ValueError(
+                "mixture.objective is ignored by mixture.mixer=doremi, which sets it: remove one of the two"
+            )
         for name, section in MIXER_SECTIONS.items():
             if getattr(self, name) is not None and name != self.mixer:
                 raise ValueError(f"mixture.{name} is ignored by mixture.mixer={self.mixer}: remove one of the two")

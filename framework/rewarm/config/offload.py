@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
 from rewarm.config.section import Section
 
-_NVME_MODES = ("auto", "nvme")
+if TYPE_CHECKING:
+    from rewarm.config.run import RunConfig
+
+_PLACED = ("auto", "cpu", "streamed", "twinflow", "deep_optimizer_states", "nvme")
 _ONLY: dict[str, tuple[str, ...]] = {
+    "subgroup_size": _PLACED,
+    "slots": ("auto", "streamed", "deep_optimizer_states"),
     "stride": ("deep_optimizer_states",),
     "resident_fraction": ("twinflow",),
     "split_master": ("auto", "streamed"),
-    "nvme_paths": _NVME_MODES,
+    "device_memory": ("auto", "twinflow"),
+    "host_memory": _PLACED,
+    "cpu_threads": _PLACED,
+    "nvme_paths": ("auto", "nvme"),
+    "profile": ("auto", "nvme"),
+    "stand_in": _PLACED,
 }
 
 
@@ -25,7 +35,7 @@ class OffloadConfig(Section):
     stays on the GPU. cpu: state and update on the CPU (ZeRO-Offload). streamed: state in host memory, updated on the
     GPU. twinflow: a fixed part stays on the GPU, the rest on the CPU. deep_optimizer_states: every stride-th subgroup
     is streamed, the others are updated by the CPU. nvme: state on local drives."""
-    subgroup_size: int = Field(50_000_000, ge=1_000_000)
+    subgroup_size: int = Field(50_000_000, ge=64)
     """Parameters per subgroup, the unit that moves. Each slot takes 12 bytes per parameter of it on the GPU."""
     slots: int = Field(3, ge=1)
     """Subgroups that may be on the GPU at once on their way through it."""
@@ -36,21 +46,50 @@ class OffloadConfig(Section):
     split_master: bool = True
     """With bfloat16 parameters, move only the 16 bits of the fp32 master that the parameter does not hold: 10 bytes
     instead of 12 per parameter each way, without loss."""
+    device_memory: float | None = Field(None, ge=0)
+    """GB of GPU memory per rank for state and slots; null means what is free beside the model and its activations."""
     host_memory: float | None = Field(None, gt=0)
     """GB of host memory per rank for state; null means 80% of what is free, divided by the ranks of the node."""
     cpu_threads: int | None = Field(None, gt=0)
-    """Threads per rank of the CPU's update; null means the node's cores divided by its ranks, less one."""
+    """Threads per rank of the CPU's update; null means the cores a rank may use, less one."""
     nvme_paths: list[str] = Field(default_factory=list)
     """Folders on local drives, best one per drive; their bandwidths decide how much each takes."""
+    profile: str | None = None
+    """File of ``rewarm offload profile`` to place by; null means the one in the cache, measured if there is none."""
+    stand_in: float | None = Field(None, gt=0)
+    """Without a GPU: GB/s each way of a link that stands in for one; null means as fast as memory."""
 
     @model_validator(mode="after")
     def _check_ignored(self) -> OffloadConfig:
         for name, modes in _ONLY.items():
             default = type(self).model_fields[name].get_default(call_default_factory=True)
-            if name in self.model_fields_set and self.mode not in modes and getattr(self, name) != default:
-                raise ValueError(
-                    f"offload.{name} is ignored by offload.mode={self.mode}: it belongs to {' and '.join(modes)}"
-                )
+            if self.mode not in modes and getattr(self, name) != default:
+                other = "a mode other than none" if modes is _PLACED else " and ".join(modes)
+                raise ValueError(f"offload.{name} is ignored by offload.mode={self.mode}: it belongs to {other}")
+        if self.resident_fraction is not None and self.device_memory is not None:
+            raise ValueError("offload.resident_fraction and offload.device_memory both say what stays: set one")
         if self.mode == "nvme" and not self.nvme_paths:
             raise ValueError("offload.mode=nvme needs offload.nvme_paths, a list of folders on local drives")
         return self
+
+
+def check_offload(config: RunConfig) -> None:
+    """Refuse offload where the run has nothing that it could move.
+
+    Raises:
+        ValueError: naming the setting and what to change.
+    """
+    mode, deepspeed = config.offload.mode, config.deepspeed
+    if mode == "none":
+        return
+    if config.optimizer.name != "adamw":
+        raise ValueError(
+            f"offload.mode={mode} moves the state of AdamW, and optimizer.name={config.optimizer.name} has none to "
+            "move: set offload.mode=none or optimizer.name=adamw"
+        )
+    for name in ("offload_optimizer", "offload_parameters"):
+        if getattr(deepspeed, name) != "none":
+            raise ValueError(
+                f"offload.mode={mode} and deepspeed.{name}={getattr(deepspeed, name)} both move what the optimizer "
+                "works on: set one of them to none"
+            )

@@ -11,6 +11,7 @@ from rewarm.config.data import DomainConfig
 from rewarm.config.deepspeed import DeepSpeedConfig, check_engine
 from rewarm.config.mixture import MixtureConfig, ReplayConfig
 from rewarm.config.model import ModelConfig
+from rewarm.config.offload import OffloadConfig, check_offload
 from rewarm.config.section import Duration, Section, parse_duration, resolve_duration
 from rewarm.config.training import (
     BatchConfig,
@@ -65,6 +66,8 @@ class RunConfig(Section):
     """The update rule."""
     schedule: ScheduleConfig = ScheduleConfig()
     """The learning rate."""
+    offload: OffloadConfig = OffloadConfig()
+    """Where the optimizer's state rests and who updates it."""
     parallel: ParallelConfig = ParallelConfig()
     """How the ranks share the work."""
     activation_recomputation: Literal["none", "full"] = "none"
@@ -103,6 +106,7 @@ class RunConfig(Section):
         _check_sizes(self)
         _check_mixture(self)
         check_engine(self)
+        check_offload(self)
         return self
 
     @property

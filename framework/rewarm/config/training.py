@@ -119,11 +119,13 @@ class ParallelConfig(Section):
     """Ranks that split the layers."""
     virtual_pipeline: int = Field(1, gt=0)
     """Model chunks per pipeline rank (interleaved 1F1B); needs pipeline > 1."""
+    context: int = Field(1, gt=0)
+    """Ranks that split every sequence, for long ones (Ulysses attention); engine=deepspeed only."""
 
     @property
     def model_ranks(self) -> int:
-        """Ranks that hold one copy of the model together."""
-        return self.tensor * self.pipeline
+        """Ranks that work on the same windows."""
+        return self.tensor * self.pipeline * self.context
 
     @model_validator(mode="after")
     def _check(self) -> ParallelConfig:

@@ -53,6 +53,12 @@ class Domain:
     info: dict[str, Any] = field(default_factory=dict)
     """All of ``domain.json``; empty for a bare pair."""
 
+    @property
+    def held_out_fingerprint(self) -> str:
+        """Of the content of the held-out split, wherever it lies; 32 hexadecimal digits."""
+        known = self.info.get("held_out", {}).get("content_hash") if self.settings.held_out is None else None
+        return range_fingerprint(self.held_out.source, self.held_out.start, self.held_out.stop, known)
+
     def check_token_ids(self, windows: np.ndarray, vocab_size: int, split: str) -> None:
         """Refuse windows with ids that a model has no row for: an embedding that is split over ranks takes such an id
         for another rank's, and the loss is finite and wrong.

@@ -26,6 +26,11 @@ class Batch:
     """int64 [B]; index of each window's domain in the order given at construction."""
     loss_mask: np.ndarray | None = None
     """bool [B, S], True where the target counts; None means everywhere."""
+    loss_weights: np.ndarray | None = None
+    """float64 [B], factor of each window's loss in the objective; None means 1. What a step minimises is the sum of
+    ``loss_weights * token loss`` over the targets of the global batch that count, divided by their *number*. It is not
+    divided by the sum of the factors: with factors ``w / q`` of domains sampled at shares q, the expectation is then
+    the mean loss under the mixture w, whatever the batch happens to hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,17 +38,18 @@ class StepResult:
     """What one optimizer step measured, equal on every rank and summed over the whole global batch."""
 
     loss_sums: np.ndarray
-    """float64 [D]; sum of the token losses in nats, per domain."""
+    """float64 [D]; sum of the token losses in nats, per domain, without ``loss_weights``."""
     token_counts: np.ndarray
     """int64 [D]; target tokens, per domain."""
     grad_norm: float
-    """Global L2 norm of the gradient of the mean token loss, before clipping."""
+    """Global L2 norm of the gradient of the objective, before clipping: of the mean token loss, or with
+    ``loss_weights`` of the weighted one."""
     skipped: bool = False
     """True if the update was not applied because the gradient was not finite."""
 
     @property
     def loss(self) -> float:
-        """Mean token loss in nats."""
+        """Mean token loss in nats, without ``loss_weights``, so that it can be compared over runs."""
         return float(self.loss_sums.sum() / max(1, int(self.token_counts.sum())))
 
 
@@ -133,6 +139,15 @@ class Engine(ABC):
         Raises:
             rewarm.errors.UserError: on every rank, if the name is taken or cannot be written.
         """
+
+    @abstractmethod
+    def save_portable(self, folder: Path) -> None:
+        """Write what :meth:`load_portable` of either engine reads: fp32 parameters, moments and the count of updates,
+        into an existing empty folder. In one process only."""
+
+    @abstractmethod
+    def load_portable(self, folder: Path) -> None:
+        """Go on from what :meth:`save_portable` of either engine wrote. In one process only."""
 
     @abstractmethod
     def rng_state(self) -> Any:

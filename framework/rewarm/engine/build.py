@@ -12,8 +12,8 @@ from rewarm.model.description import HuggingFaceModel, ModelDescription
 def build_engine(config: RunConfig, model: ModelDescription, domain_names: Sequence[str]) -> Engine:
     """Join the ranks and build the model and its optimizer. Collective.
 
-    The weights are random, drawn from ``config.seed`` and the same on every layout, unless ``config.parent`` is set:
-    then they are undefined until :meth:`~rewarm.engine.base.Engine.load` or
+    The weights are random, drawn from ``config.seed`` and the same on every layout of either engine, unless
+    ``config.parent`` is set: then they are undefined until :meth:`~rewarm.engine.base.Engine.load` or
     :meth:`~rewarm.engine.base.Engine.import_huggingface` fills them.
 
     Args:

@@ -43,12 +43,17 @@ def check_layout(config: RunConfig, model: ModelDescription, world_size: int) ->
     else:
         _check_model(config, model)
     data = _data_parallel_size(config, world_size)
+    num_microbatches = _check_batch(config, data)
+    if isinstance(model, HuggingFaceModel):
+        from rewarm.engine.deepspeed.layout import check_file
+
+        check_file(config, data)
     return Layout(
         tensor=config.parallel.tensor,
         pipeline=config.parallel.pipeline,
         virtual_pipeline=config.parallel.virtual_pipeline,
         data=data,
-        num_microbatches=_check_batch(config, data),
+        num_microbatches=num_microbatches,
     )
 
 
@@ -98,6 +103,8 @@ def _data_parallel_size(config: RunConfig, world_size: int) -> int:
     parallel = config.parallel
     model_ranks = parallel.model_ranks
     product = f"parallel.tensor={parallel.tensor} times parallel.pipeline={parallel.pipeline}"
+    if parallel.context > 1:
+        product += f" times parallel.context={parallel.context}"
     if world_size % model_ranks:
         raise UserError(
             f"{world_size} ranks cannot be shared by {product} = {model_ranks} ranks per model copy",

@@ -11,15 +11,26 @@ from pathlib import Path
 import rewarm
 from rewarm.config.load import dump
 from rewarm.config.run import RunConfig
+from rewarm.engine.layout import check_layout
 from rewarm.errors import UserError
 from rewarm.launch.batch_script import JobRequest, Places, batch_script, is_apptainer, job_name
 from rewarm.launch.records import CODE, CONFIG, SCRIPT, all_jobs, new_submission, write_jobs
 from rewarm.launch.slurm import Partition, choose_partition, find_jobs, parse_time, run_slurm
+from rewarm.model.architecture import Architecture
+from rewarm.model.description import ModelDescription
+from rewarm.planner.cluster import Cluster
+from rewarm.planner.memory import check_memory
+from rewarm.planner.zero import check_state
 from rewarm.resilience.lock import find_owner, owned
 
 
-def check_submission(config: RunConfig, request: JobRequest) -> list[str]:
+def check_submission(config: RunConfig, request: JobRequest, cluster: Cluster | None = None) -> list[str]:
     """Check on the login node what would otherwise fail after hours in the queue.
+
+    Args:
+        config: the stage.
+        request: the job.
+        cluster: the nodes it is for, whose memory the plan must fit in; None leaves memory out.
 
     Returns:
         What the user should know, though it forbids nothing.
@@ -35,6 +46,8 @@ def check_submission(config: RunConfig, request: JobRequest) -> list[str]:
     from rewarm.train.stage import resolve_stage
 
     stage = resolve_stage(config, request.num_ranks)
+    if cluster is not None:
+        messages += check_cluster(config, stage.architecture, request, cluster)
     folder = prepare_folder(config)
     owner = find_owner(folder)
     if owner is not None:
@@ -91,6 +104,36 @@ def check_request(request: JobRequest, partition: Partition) -> list[str]:
     if request.nodes > partition.num_usable:
         return [f"only {partition.num_usable} nodes of {partition.name!r} are up now: the job will wait for more"]
     return []
+
+
+def check_cluster(config: RunConfig, model: ModelDescription, request: JobRequest, cluster: Cluster) -> list[str]:
+    """Compare what is asked for with the description of a cluster.
+
+    Returns:
+        What the user should know: the planned memory.
+
+    Raises:
+        UserError: if the nodes or their memory do not suffice.
+    """
+    if cluster.nodes is not None and request.nodes > cluster.nodes:
+        raise UserError(
+            f"--nodes {request.nodes} is more than the {cluster.nodes} nodes of {cluster.name}",
+            fix=f"at most {cluster.nodes}, or the description of another cluster",
+        )
+    if request.gpus_per_node > cluster.gpus_per_node:
+        raise UserError(
+            f"--gpus-per-node {request.gpus_per_node} is more than the {cluster.gpus_per_node} of {cluster.name}",
+            fix=f"at most {cluster.gpus_per_node}, or the description of another cluster",
+        )
+    if not request.gpus_per_node:
+        raise UserError(
+            f"--cluster {cluster.name} plans the memory of GPUs, but this job has none",
+            fix="give --gpus-per-node, or leave out --cluster",
+        )
+    layout = check_layout(config, model, request.num_ranks)
+    if isinstance(model, Architecture):
+        return [check_memory(config, model, layout, cluster)]
+    return [check_state(config, model, layout, cluster)]
 
 
 def _check_container(container: str) -> None:

@@ -16,6 +16,7 @@ from rewarm.config.mixture import MixtureConfig, PhaseConfig
 from rewarm.errors import UserError
 from rewarm.mixing.mixers.base import Mixer, Observation
 from rewarm.mixing.mixture import blend
+from rewarm.mixing.objective import objective_weights
 from rewarm.mixing.repetition import cap_weights
 from rewarm.mixing.sampler import Sampler
 from rewarm.mixing.weight_log import WeightEntry, WeightLog
@@ -37,7 +38,8 @@ class Change:
 class MixtureController:
     """Turns held-out and training losses into scheduled weights.
 
-    Replayed domains keep their shares: the mixer divides what replay leaves among the new domains.
+    Replayed domains keep their shares: the mixer divides what replay leaves among the new domains, of the samples or,
+    if it steers the objective, of the loss.
 
     Args:
         mixture: the configuration section.
@@ -45,6 +47,7 @@ class MixtureController:
         replayed: proportion of each replayed domain; they follow the new domains in every per-domain array.
         replay_fraction: their share of all samples.
         total_samples: of the stage; epoch caps are kept over what is left of them.
+        held_out: content of each domain's held-out slice. It is part of the state, because other text has other losses.
     """
 
     def __init__(
@@ -55,13 +58,17 @@ class MixtureController:
         replayed: Mapping[str, float],
         replay_fraction: float,
         total_samples: int,
+        held_out: Mapping[str, str],
     ) -> None:
         self.mixer = mixer
         self.is_active = mixture.is_updated
         """False if no evaluation can change the weights."""
+        self._objective = mixture.objective
         self._phases = {number: phase for number, phase in enumerate(mixture.phases) if phase.loss_below is not None}
         self._replayed, self._replay_fraction = dict(replayed), replay_fraction
         self._total_samples = total_samples
+        watched = {name for phase in self._phases.values() for name in phase.loss_below or {}}
+        self._held_out = {name: held_out[name] for name in held_out if name in {*mixer.names, *watched}}
         self._loss_sums = np.zeros(len(mixer.names))
         self._counts = np.zeros(len(mixer.names), dtype=np.int64)
         self._begun: list[int] = []
@@ -89,7 +96,8 @@ class MixtureController:
         """Decide at an evaluation. On the main rank only; nothing but this controller changes; :meth:`commit` tells
         the others.
 
-        A loss that is not finite leaves the weights as they are, and the log says so. An entry that the log holds for
+        A loss that is not finite leaves the weights as they are, and the log says so; the training since the last
+        update is then part of the next one. An entry that the log holds for
         the same sample, from before an interruption, is followed whatever would be computed now.
 
         Args:
@@ -106,22 +114,27 @@ class MixtureController:
             shares, reason = None, f"step {step}: weights kept, the evaluation gave {losses[bad[0]]} for {bad[0]}"
         else:
             shares, reason = self._decide(step, losses)
-            shares, reason = self._capped(shares, reason, at_sample, sampler)
-        if shares is None:
-            weights = self._effective(at_sample, sampler)
-        else:
-            new = dict(zip(names, shares.tolist(), strict=True))
-            weights = dict(
-                zip(sampler.names, blend(new, self._replayed, self._replay_fraction)[1].tolist(), strict=True)
-            )
+            if not self.mixer.steers_objective:
+                shares, reason = self._capped(shares, reason, at_sample, sampler)
+            self._loss_sums[:], self._counts[:] = 0.0, 0
         logged = log.at(at_sample)
-        entry = logged if logged is not None else WeightEntry(at_sample, weights, reason)
+        entry = logged if logged is not None else self._entry(at_sample, shares, reason, sampler)
         self._adopt(entry, sampler)
         self.last_step = step
-        self._loss_sums[:], self._counts[:] = 0.0, 0
         return Change(entry, self.state_dict(), logged is not None)
 
-    def commit(self, change: Change, log: WeightLog | None) -> tuple[np.ndarray, int]:
+    def _entry(self, at_sample: int, shares: np.ndarray | None, reason: str, sampler: Sampler) -> WeightEntry:
+        """The line for the log; shares None means that what is in force stays."""
+        new = dict(zip(self.mixer.names, (self.mixer.weights if shares is None else shares).tolist(), strict=True))
+        objective = new if self.mixer.steers_objective else self._objective
+        if shares is None or self.mixer.steers_objective:
+            weights = self._effective(at_sample, sampler)
+        else:
+            blended = blend(new, self._replayed, self._replay_fraction)[1]
+            weights = dict(zip(sampler.names, blended.tolist(), strict=True))
+        return WeightEntry(at_sample, weights, reason, objective_weights(objective, weights) if objective else None)
+
+    def commit(self, change: Change, log: WeightLog | None) -> WeightEntry:
         """Take over a change on every rank.
 
         Args:
@@ -129,13 +142,13 @@ class MixtureController:
             log: on the main rank; None elsewhere.
 
         Returns:
-            What to schedule: int64 [K] in the order of the sampler's domains, and the sample index.
+            What to schedule.
         """
+        entry = change.entry
         if log is not None and not change.is_logged:
-            log.append(change.entry.sample, change.entry.weights, change.entry.reason)
+            log.append(entry.sample, entry.weights, entry.reason, entry.objective)
         self.load_state_dict(change.state)
-        names = [*self.mixer.names, *self._replayed]
-        return align(change.entry.weights, names), change.entry.sample
+        return entry
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides later changes, as plain JSON values."""
@@ -145,10 +158,22 @@ class MixtureController:
             "token_counts": self._counts.tolist(),
             "begun": self._begun,
             "last_step": self.last_step,
+            "held_out": self._held_out,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what :meth:`state_dict` gave."""
+        """Continue from what :meth:`state_dict` gave.
+
+        Raises:
+            UserError: if the held-out text of a domain that steers the weights is not what it was.
+        """
+        for name, content in state["held_out"].items():
+            if self._held_out.get(name) != content:
+                raise UserError(
+                    f"the held-out text of domain {name!r} changed since the checkpoint, and the weights follow its "
+                    "loss",
+                    fix="restore the held-out files, or start a new stage with this run as parent",
+                )
         self.mixer.load_state_dict(state["mixer"])
         self._loss_sums = np.array(state["loss_sums"], dtype=np.float64)
         self._counts = np.array(state["token_counts"], dtype=np.int64)
@@ -201,8 +226,10 @@ class MixtureController:
         return {name: int(weight) for name, weight in zip(sampler.names, weights, strict=True)}
 
     def _adopt(self, entry: WeightEntry, sampler: Sampler) -> None:
-        weights = align(entry.weights, sampler.names)[: len(self.mixer.names)]
-        self.mixer.adopt(weights / TOTAL)
+        in_force = entry.weights
+        if self.mixer.steers_objective and entry.objective is not None:
+            in_force = entry.objective
+        self.mixer.adopt(align(in_force, sampler.names)[: len(self.mixer.names)] / TOTAL)
 
 
 def _reached(phase: PhaseConfig, losses: Mapping[str, float]) -> bool:

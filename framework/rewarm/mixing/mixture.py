@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from rewarm.config.mixture import MixtureConfig, PhaseConfig, ReplayConfig, TemperatureConfig, UniMaxConfig
+from rewarm.config.mixture import (
+    ConditioningConfig,
+    MixtureConfig,
+    PhaseConfig,
+    ReplayConfig,
+    TemperatureConfig,
+    UniMaxConfig,
+)
 from rewarm.errors import UserError
 from rewarm.mixing.mixers.fixed import temperature_weights, unimax_weights
+from rewarm.mixing.objective import objective_weights
 from rewarm.mixing.weight_log import WeightEntry
 from rewarm.mixing.weights import check_weights, quantise
 
@@ -94,10 +102,40 @@ def planned_changes(
     entries = []
     for step, shares, reason in sorted(changes, key=lambda change: change[0]):
         names, weights = blend({name: shares[name] for name in tokens}, replayed, replay.fraction)
-        entries.append(
-            WeightEntry(step * clock.global_batch_size, dict(zip(names, weights.tolist(), strict=True)), reason)
-        )
+        entries.append(planned_entry(mixture, step * clock.global_batch_size, names, weights, reason))
     return entries
+
+
+def planned_entry(
+    mixture: MixtureConfig, sample: int, names: Sequence[str], weights: np.ndarray, reason: str
+) -> WeightEntry:
+    """A line of the weight log that no loss decides, with the objective of the configuration.
+
+    Args:
+        mixture: the configuration section.
+        sample: global sample index from which it holds.
+        names: of all domains.
+        weights: int64 [K] summing to 2^32.
+        reason: why it changes.
+
+    Raises:
+        UserError: if ``mixture.objective`` names what is no domain, or wants a domain that is not sampled.
+    """
+    sampled = dict(zip(names, weights.tolist(), strict=True))
+    if mixture.objective is None:
+        return WeightEntry(sample, sampled, reason)
+    for name, weight in mixture.objective.items():
+        if name not in sampled:
+            raise UserError(
+                f"mixture.objective names {name!r}, which is neither a new nor a replayed domain of the stage",
+                fix=f"name some of {', '.join(names)}",
+            )
+        if weight > 0 and sampled[name] == 0:
+            raise UserError(
+                f"mixture.objective gives {name!r} the weight {weight}, but nothing is sampled from it ({reason})",
+                fix=f"give {name!r} a weight above 0 there, or leave it out of the objective",
+            )
+    return WeightEntry(sample, sampled, reason, objective_weights(mixture.objective, sampled))
 
 
 def _begin(phase: PhaseConfig, number: int, clock: Clock) -> int:
@@ -105,16 +143,32 @@ def _begin(phase: PhaseConfig, number: int, clock: Clock) -> int:
     if phase.at is not None:
         return _inside(clock.steps(phase.at), clock, f"{where}.at={phase.at}")
     assert phase.learning_rate_fraction is not None
+    return _falls_to(phase.learning_rate_fraction, clock, where)
+
+
+def cooldown_sample(conditioning: ConditioningConfig, clock: Clock) -> int:
+    """Global sample index at which metadata conditioning ends.
+
+    Raises:
+        UserError: if its trigger lies outside the stage.
+    """
+    where, fraction = "mixture.conditioning", conditioning.until_learning_rate_fraction
+    if fraction is not None:
+        return _falls_to(fraction, clock, where) * clock.global_batch_size
+    until = conditioning.until or "90%"
+    return _inside(clock.steps(until), clock, f"{where}.until={until}") * clock.global_batch_size
+
+
+def _falls_to(fraction: float, clock: Clock, where: str) -> int:
+    """The first step after the peak whose learning rate is at most this fraction of it."""
     rates = [clock.learning_rate(step) for step in range(clock.total_steps)]
     peak = int(np.argmax(rates))
-    below = [
-        step for step in range(peak, clock.total_steps) if rates[step] <= phase.learning_rate_fraction * rates[peak]
-    ]
+    below = [step for step in range(peak, clock.total_steps) if rates[step] <= fraction * rates[peak]]
     if not below:
         raise UserError(
-            f"{where} begins at {phase.learning_rate_fraction} of the peak learning rate, but the lowest after it "
-            f"is {min(rates[peak:]) / rates[peak]:.3g} of it",
-            fix="let the schedule decay further, or raise learning_rate_fraction",
+            f"{where} waits for {fraction} of the peak learning rate, but the lowest after it is "
+            f"{min(rates[peak:]) / rates[peak]:.3g} of it",
+            fix="let the schedule decay further, or raise the fraction",
         )
     return below[0]
 

@@ -19,7 +19,13 @@ def pick(weights: np.ndarray, credits: np.ndarray, n: int) -> np.ndarray:
 
     Per sample: every credit grows by its weight, the largest credit (lowest index on ties) is picked and pays 2^32.
     After a pick the credits sum to what they summed to before, a domain's count is less than 1 sample above its
-    share, and at most ``1/2 + 1/3 + ... + 1/K`` below it, whatever the weights do.
+    share, and at most ``1/2 + 1/3 + ... + 1/K`` below it, whatever the weights do: the m largest credits sum to at
+    most ``m * (1/(m+1) + ... + 1/K)``, by induction over the samples.
+
+    No rule that learns the weights as it goes does better. Weights that are spread equally over the domains that were
+    not picked yet, whichever they are, leave the last one ``1/K + ... + 1/2`` short (the cup game of Dietz & Sleator
+    1987). The bound below 1 of Tijdeman's "The chairman assignment problem", 1980, needs all the weights to come; to
+    know the next L samples' weights is not enough, because L - 1 of them can go to one more domain.
 
     Args:
         weights: int64 [K] summing to 2^32.

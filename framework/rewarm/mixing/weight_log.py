@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rewarm.errors import UserError
 from rewarm.mixing.weights import TOTAL
@@ -22,6 +23,28 @@ class WeightEntry:
     """Integers summing to 2^32, by domain."""
     reason: str
     """Why they changed, or why they did not."""
+    objective: dict[str, int] | None = None
+    """Shares of the domains in the loss, integers summing to 2^32; None where the loss is of what is sampled."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values; without ``objective`` where there is none, which is how older logs are written."""
+        value: dict[str, Any] = {"sample": self.sample, "weights": self.weights, "reason": self.reason}
+        return value if self.objective is None else value | {"objective": self.objective}
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> WeightEntry:
+        """What :meth:`to_dict` gave.
+
+        Raises:
+            ValueError, KeyError, TypeError, AttributeError: if it is not that.
+        """
+        weights = {str(name): int(weight) for name, weight in value["weights"].items()}
+        objective = value.get("objective")
+        if objective is not None:
+            objective = {str(name): int(weight) for name, weight in objective.items()}
+            if objective.keys() != weights.keys():
+                raise ValueError("objective and weights are of different domains")
+        return cls(int(value["sample"]), weights, str(value["reason"]), objective)
 
 
 class WeightLog:
@@ -55,15 +78,18 @@ class WeightLog:
         held = [entry for entry in reversed(self._entries) if entry.sample <= sample]
         return max(held, key=lambda entry: entry.sample) if held else None
 
-    def append(self, sample: int, weights: Mapping[str, int], reason: str) -> WeightEntry:
+    def append(
+        self, sample: int, weights: Mapping[str, int], reason: str, objective: Mapping[str, int] | None = None
+    ) -> WeightEntry:
         """Write an entry and wait until it is on disk, before the weights can take effect.
 
         Raises:
             UserError: if the file cannot be written.
         """
-        assert sum(weights.values()) == TOTAL, f"weights sum to {sum(weights.values())}, not 2^32"
-        entry = WeightEntry(sample, {name: int(weight) for name, weight in weights.items()}, reason)
-        line = json.dumps({"sample": entry.sample, "weights": entry.weights, "reason": entry.reason}) + "\n"
+        entry = WeightEntry.from_dict({"sample": sample, "weights": weights, "reason": reason, "objective": objective})
+        for shares in (entry.weights, entry.objective):
+            assert shares is None or sum(shares.values()) == TOTAL, f"{shares} do not sum to 2^32"
+        line = json.dumps(entry.to_dict()) + "\n"
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(line)
@@ -96,15 +122,15 @@ def _repair(path: Path, length: int) -> None:
 
 def _parse(line: bytes, where: str) -> WeightEntry:
     try:
-        value = json.loads(line)
-        weights = {str(name): int(weight) for name, weight in value["weights"].items()}
-        entry = WeightEntry(int(value["sample"]), weights, str(value["reason"]))
+        entry = WeightEntry.from_dict(json.loads(line))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{where} is no entry of a weight log: {error}", fix="restore the file; a run cannot resume without it"
         ) from error
-    if sum(weights.values()) != TOTAL or min(weights.values(), default=-1) < 0:
-        raise UserError(
-            f"{where}: the weights sum to {sum(weights.values())}, not 2^32", fix="restore the file as it was written"
-        )
+    for shares in (entry.weights, entry.objective):
+        if shares is not None and (sum(shares.values()) != TOTAL or min(shares.values(), default=-1) < 0):
+            raise UserError(
+                f"{where}: the weights sum to {sum(shares.values())}, not 2^32",
+                fix="restore the file as it was written",
+            )
     return entry

@@ -9,7 +9,12 @@ from typing import Any
 
 from rewarm.errors import UserError
 from rewarm.model.architecture import Architecture
-from rewarm.model.huggingface import architecture_from_huggingface, config_for_huggingface, read_config
+from rewarm.model.huggingface import (
+    architecture_from_huggingface,
+    architecture_from_values,
+    config_for_huggingface,
+    read_config,
+)
 
 _CONFIG = "huggingface"
 _POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
@@ -95,3 +100,14 @@ def describe(folder: str | Path, engine: str) -> ModelDescription:
 def from_scratch(architecture: Architecture, engine: str, precision: str) -> ModelDescription:
     """A model without parent, as an engine wants it."""
     return HuggingFaceModel(config_for_huggingface(architecture, precision)) if engine == "deepspeed" else architecture
+
+
+def for_other_engine(model: ModelDescription, precision: str) -> ModelDescription:
+    """The description that the other engine has of a model.
+
+    Raises:
+        UserError: if the other engine does not know the model.
+    """
+    if isinstance(model, HuggingFaceModel):
+        return architecture_from_values(model.config, f"the config.json of this {model.model_type} model")
+    return from_scratch(model, "deepspeed", precision)

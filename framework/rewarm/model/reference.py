@@ -14,7 +14,13 @@ from rewarm.errors import UserError
 
 
 def window_losses(
-    folder: str | Path, tokens: np.ndarray, micro_batch_size: int = 8, dtype: str = "float32", device: str = "cpu"
+    folder: str | Path,
+    tokens: np.ndarray,
+    micro_batch_size: int = 8,
+    dtype: str = "float32",
+    device: str = "cpu",
+    *,
+    trust_remote_code: bool = False,
 ) -> np.ndarray:
     """Token losses of windows under ``AutoModelForCausalLM``.
 
@@ -24,6 +30,7 @@ def window_losses(
         micro_batch_size: windows per forward pass.
         dtype: ``"float32"`` or ``"bfloat16"``, of the weights and activations; the loss is always float32.
         device: where to run, as torch names it.
+        trust_remote_code: let Python files of the folder run.
 
     Returns:
         float64 [B]; sum of each window's token losses in nats.
@@ -35,14 +42,14 @@ def window_losses(
     from torch.nn import functional
 
     with quiet_transformers(), torch.inference_mode():
-        model = _load(folder, dtype, device)
+        model = _load(folder, dtype, device, trust_remote_code)
         _check_tokens(tokens, model, folder)
         sums = np.empty(len(tokens), dtype=np.float64)
         for start in range(0, len(tokens), micro_batch_size):
             windows = torch.from_numpy(tokens[start : start + micro_batch_size].astype(np.int64)).to(model.device)
             logits = model(input_ids=windows[:, :-1], use_cache=False).logits.float()
-            losses = functional.cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none")
-            sums[start : start + len(windows)] = losses.double().sum(dim=1).cpu().numpy()
+            losses = functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].reshape(-1), reduction="none")
+            sums[start : start + len(windows)] = losses.double().view(len(windows), -1).sum(dim=1).cpu().numpy()
     return sums
 
 
@@ -91,13 +98,17 @@ def generate_text(
     return str(tokenizer.decode(written[0], skip_special_tokens=True))
 
 
-def _load(folder: str | Path, dtype: str, device: str) -> Any:
+def _load(folder: str | Path, dtype: str, device: str, trust_remote_code: bool = False) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True
+            folder,
+            dtype=getattr(torch, dtype),
+            local_files_only=True,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,  # left out, transformers asks the terminal
         )
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -118,7 +129,7 @@ def _load_tokenizer(folder: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"no tokenizer can be loaded from {folder}: {reason}") from error

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 from rewarm.errors import UserError
 from rewarm.model.architecture import Architecture
 from rewarm.model.safetensors_io import TensorFolder
 
+if TYPE_CHECKING:
+    import torch
+
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 OUTPUT = "lm_head.weight"
+
+
+class TensorReader(Protocol):
+    """Whatever has the tensors of a model by their Hugging Face names."""
+
+    def read(self, name: str, rows: slice = slice(None), columns: slice | None = None) -> torch.Tensor:
+        """See :meth:`rewarm.model.safetensors_io.TensorFolder.read`."""
 
 
 def layer_prefix(layer: int) -> str:

@@ -85,6 +85,11 @@ class AdamWStep(ctypes.Structure):
     torch_settings: dict[str, float]
 
 
+def runs_on(device: torch.device) -> bool:
+    """True if the compiled kernel of a device is there."""
+    return (native.load_cuda() if device.type == "cuda" else _library()) is not None
+
+
 def update(
     step: AdamWStep,
     master: torch.Tensor,

@@ -199,15 +199,29 @@ def numa_node(index: int) -> int | None:
     return node if node >= 0 else None
 
 
-def open_device() -> Device:
-    """The CUDA device that torch has selected.
+def open_device(stand_in: float | None = None, *, required: bool = True) -> Device:
+    """The CUDA device that torch has selected, or a second pool of host memory where there is none.
+
+    Args:
+        stand_in: GB/s each way of the link to the pool; None means as fast as memory.
+        required: a machine without CUDA is an error unless ``stand_in`` is given.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is no CUDA device where one is required, or one where a stand-in was asked for.
     """
-    if not torch.cuda.is_available():
-        raise UserError(
-            "no CUDA device is visible: optimizer offload moves state between a GPU and its host",
-            fix="run on a GPU machine, or set offload.mode=none",
-        )
-    return CudaDevice(torch.cuda.current_device())
+    if torch.cuda.is_available():
+        if stand_in is not None:
+            raise UserError(
+                f"offload.stand_in={stand_in:g} stands in for a GPU, and this machine has one",
+                fix="remove it",
+            )
+        return CudaDevice(torch.cuda.current_device())
+    if stand_in is not None:
+        rate = stand_in * 1e9
+        return ThrottledDevice(h2d=rate, d2h=rate, duplex=2 * rate)
+    if not required:
+        return ThrottledDevice()
+    raise UserError(
+        "no CUDA device is visible: optimizer offload moves state between a GPU and its host",
+        fix="run on a GPU machine, or give --stand-in a bandwidth",
+    )

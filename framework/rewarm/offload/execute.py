@@ -22,6 +22,7 @@ import torch
 
 from rewarm.offload import adamw
 from rewarm.offload.device import Device
+from rewarm.offload.pieces import Pieces
 from rewarm.offload.pipeline import step_tasks
 from rewarm.offload.routes import Job, Machine, Placement
 from rewarm.offload.simulate import Task, Timeline
@@ -40,6 +41,29 @@ class GroupStep:
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-8
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any]) -> GroupStep:
+        """Of a parameter group of torch."""
+        beta1, beta2 = group["betas"]
+        return cls(group["lr"], group["weight_decay"], beta1, beta2, group["eps"])
+
+    def constants(self, number: int, grad_scale: float = 1.0) -> adamw.AdamWStep:
+        """What the kernel is given.
+
+        Args:
+            number: the step, from 1.
+            grad_scale: unscale factor times clip factor.
+        """
+        return adamw.AdamWStep.prepare(
+            step=number,
+            learning_rate=self.learning_rate,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            epsilon=self.epsilon,
+            weight_decay=self.weight_decay,
+            grad_scale=grad_scale,
+        )
 
 
 @dataclass
@@ -67,8 +91,8 @@ class Executor:
         device: Device,
         states: States,
         *,
-        parameters: torch.Tensor,
-        gradients: torch.Tensor,
+        parameters: torch.Tensor | Pieces,
+        gradients: torch.Tensor | Pieces,
         cpu_threads: int = 1,
         cores: Sequence[int] | None = None,
     ) -> None:
@@ -80,15 +104,16 @@ class Executor:
             job: widths of gradients and parameters, and whether the update waits for :meth:`release`.
             device: where parameters and gradients are.
             states: the optimizer state, allocated for the same placement.
-            parameters: bf16, fp16 or fp32 [layout.numel] on the device; rewritten by each step.
-            gradients: [layout.numel] on the device, read by each step.
+            parameters: the engine's, bf16, fp16 or fp32 on the device, or a flat [layout.numel]; rewritten.
+            gradients: the engine's, on the device, or a flat [layout.numel]; read by each step.
             cpu_threads: threads of the CPU's update.
             cores: cores that these threads are pinned to; None leaves them alone.
         """
         assert len(placement.routes) == layout.subgroups
-        assert parameters.numel() == gradients.numel() == layout.numel
         self.layout, self.placement, self.job, self.device, self.states = layout, placement, job, device, states
         self.parameters, self.gradients = parameters, gradients
+        self._parameters = parameters if isinstance(parameters, Pieces) else Pieces(layout, parameters)
+        self._gradients = gradients if isinstance(gradients, Pieces) else Pieces(layout, gradients)
         self.cpu_threads = max(1, round(cpu_threads * placement.cpu_share))
         self.cores = cores
         self.tasks = step_tasks(_UNIT_MACHINE, job, placement)
@@ -114,6 +139,11 @@ class Executor:
             self._prepare(step, 1.0)
         for tasks in self._lanes.values():
             tasks.put(step)
+
+    def use_gradients(self, gradients: Pieces) -> None:
+        """Read other tensors from the next step on."""
+        assert self.step is None, "the step before has not been finished"
+        self.gradients = self._gradients = gradients
 
     def gradient_ready(self, subgroup: int) -> None:
         """All work that writes this subgroup's gradient has been queued by the calling thread."""
@@ -178,18 +208,7 @@ class Executor:
         return self.step
 
     def _prepare(self, step: _Step, grad_scale: float) -> None:
-        for group in step.groups:
-            step.constants.append(
-                adamw.AdamWStep.prepare(
-                    step=step.number,
-                    learning_rate=group.learning_rate,
-                    beta1=group.beta1,
-                    beta2=group.beta2,
-                    epsilon=group.epsilon,
-                    weight_decay=group.weight_decay,
-                    grad_scale=grad_scale,
-                )
-            )
+        step.constants.extend(group.constants(step.number, grad_scale) for group in step.groups)
 
     def _signal(self, kind: str, subgroup: int | None) -> None:
         step = self._running()
@@ -254,43 +273,39 @@ class Executor:
             "write": lambda step, task: self.states.write(_subgroup(task), task.host_slot),
         }
 
-    def _part(self, flat: torch.Tensor, subgroup: int) -> torch.Tensor:
-        start, stop = self.layout.bounds(subgroup)
-        return flat[start:stop]
-
     def _copy_gradient(self, step: _Step, task: Task) -> None:
         subgroup = _subgroup(task)
-        self.device.copy(self.states.host_gradient(subgroup), self._part(self.gradients, subgroup), "d2h")
+        target = self.states.host_gradient(subgroup)
+        for piece in self._gradients.of(subgroup):
+            self.device.copy(target[piece.span], piece.tensor, "d2h")
 
     def _upload(self, step: _Step, task: Task) -> None:
         subgroup = _subgroup(task)
         source = self.states.host_parameters(subgroup, task.host_slot)
-        self.device.copy(self._part(self.parameters, subgroup), source, "h2d")
+        for piece in self._parameters.of(subgroup):
+            self.device.copy(piece.tensor, source[piece.span], "h2d")
 
     def _update(self, step: _Step, task: Task) -> None:
         subgroup, began = _subgroup(task), time.perf_counter()
         on_device = self.placement.routes[subgroup].on_device
         state = self.states.working(subgroup, task.slot, task.host_slot)
-        parameters = self._part(self.parameters, subgroup)
-        gradient = self._part(self.gradients, subgroup) if on_device else self.states.host_gradient(subgroup)
-        half = parameters.dtype != torch.float32
-        out = (parameters if on_device else self.states.host_parameters(subgroup, task.host_slot)) if half else None
-        for segment in self.layout.segments(subgroup):
-            piece = slice(segment.start, segment.stop)
-            constants = step.constants[segment.group]
-            moment1, moment2, grad = state.moment1[piece], state.moment2[piece], gradient[piece]
-            threads = self.cpu_threads
+        half = self._parameters.dtype != torch.float32
+        out = None if on_device or not half else self.states.host_parameters(subgroup, task.host_slot)
+        host_gradient = None if on_device else self.states.host_gradient(subgroup)
+        for piece, gradient in zip(self._parameters.of(subgroup), self._gradients.of(subgroup), strict=True):
+            constants, span = step.constants[piece.group], piece.span
+            moments = state.moment1[span], state.moment2[span]
+            grad = gradient.tensor if host_gradient is None else host_gradient[span]
             if state.low is not None:
-                low = state.low[piece]
-                adamw.update_split(constants, parameters[piece], low, moment1, moment2, grad, threads=threads)
-            else:
-                target = None if out is None else out[piece]
-                adamw.update(constants, state.first[piece], moment1, moment2, grad, target, threads=threads)
-        if on_device and not half:
-            parameters.copy_(state.first)
+                adamw.update_split(constants, piece.tensor, state.low[span], *moments, grad, threads=self.cpu_threads)
+                continue
+            target = (piece.tensor if out is None else out[span]) if half else None
+            adamw.update(constants, state.first[span], *moments, grad, target, threads=self.cpu_threads)
+            if on_device and not half:
+                piece.tensor.copy_(state.first[span])
         self.device.settle()
         if not on_device:
-            self.device.pace_host(parameters.numel(), began)
+            self.device.pace_host(state.moment1.numel(), began)
 
 
 def _subgroup(task: Task) -> int:

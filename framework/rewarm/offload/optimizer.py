@@ -6,8 +6,8 @@ and here are their reduced gradients". That list, in the order of the forward pa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,14 +15,38 @@ from torch import Tensor
 
 from rewarm.offload.device import Device
 from rewarm.offload.execute import Executor, GroupStep
+from rewarm.offload.pieces import Pieces, cut_layout
 from rewarm.offload.routes import Job, Placement
 from rewarm.offload.simulate import Timeline
 from rewarm.offload.slabs import HostPool, Layout, Shard
 from rewarm.offload.states import States
 
 
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What state is kept in and updated with, besides the device."""
+
+    pool: HostPool
+    """Host memory."""
+    gradient_type: torch.dtype
+    """Of the gradients that each step is given."""
+    nvme_paths: Sequence[Path] = ()
+    """Folders for state on NVMe."""
+    nvme_shares: Sequence[float] | None = None
+    """Part of that state that each folder takes; None for equal parts."""
+    cpu_threads: int = 1
+    """Threads of the CPU's update."""
+    cores: Sequence[int] | None = None
+    """Cores they are pinned to; None leaves them alone."""
+
+
 class OffloadedAdamW:
-    """Updates an engine's shards in place; the fp32 state lives where the placement says."""
+    """Updates an engine's shards in place; the fp32 state lives where the placement says.
+
+    Attributes:
+        layout: the flat state and its cut.
+        placement: the route of each subgroup.
+    """
 
     def __init__(
         self,
@@ -32,14 +56,9 @@ class OffloadedAdamW:
         placement: Placement,
         job: Job,
         device: Device,
+        means: Means,
         *,
         subgroup_size: int,
-        gradient_type: torch.dtype,
-        pool: HostPool,
-        nvme_paths: Sequence[Path] = (),
-        nvme_shares: Sequence[float] | None = None,
-        cpu_threads: int = 1,
-        cores: Sequence[int] | None = None,
         masters: Sequence[Tensor] | None = None,
     ) -> None:
         """Take over the shards, with moments of zero.
@@ -47,28 +66,26 @@ class OffloadedAdamW:
         Args:
             names: of the shards' parameters.
             shards: flat views of this rank's pieces of the model's parameters, of one type, on the device, in the
-                order of their first use.
+                order of their first use. Each step writes into them.
             groups: parameter group of each shard.
-            placement: made for ``Layout.of(shards, subgroup_size)``.
+            placement: made for ``layout_of(names, shards, groups, subgroup_size)``.
             job: widths, and whether updates wait for the norm.
             device: where the shards are.
+            means: memory, drives and threads.
             subgroup_size: elements per subgroup.
-            gradient_type: of the gradients that :meth:`step` is given.
-            pool: host memory for state.
-            nvme_paths, nvme_shares: for state on NVMe.
-            cpu_threads, cores: for the CPU's update.
             masters: fp32 values of the shards; None to take the shards' own.
         """
-        pieces = [Shard(*item) for item in zip(names, (x.numel() for x in shards), groups, strict=True)]
-        self.layout = Layout.of(pieces, subgroup_size)
-        self.shards = list(shards)
-        kind, where = shards[0].dtype, shards[0].device
-        self.parameters = torch.zeros(self.layout.numel, dtype=kind, device=where)
-        self.gradients = torch.zeros(self.layout.numel, dtype=gradient_type, device=where)
-        self._open = lambda chosen: self._build(chosen, job, device, pool, nvme_paths, nvme_shares, cpu_threads, cores)
-        self._open(placement)
-        zeros = [torch.zeros(x.numel()) for x in shards]
-        self.load(masters if masters is not None else shards, zeros, zeros)
+        self.layout = layout_of(names, shards, groups, subgroup_size)
+        self._cuts = cut_layout(self.layout)
+        self._parameters = Pieces(self.layout, shards)
+        self._device, self._means = device, means
+        widths = {"grad_bytes": means.gradient_type.itemsize, "param_bytes": self._parameters.dtype.itemsize}
+        self._job = replace(job, parameters=self.layout.numel, **widths)
+        self._executor: Executor | None = None
+        self._held: tuple[int, Tensor, Tensor, Tensor] | None = None
+        self._changed = False
+        self.states = self._open(placement)
+        self._fill(shards if masters is None else masters)
 
     def step(
         self, number: int, gradients: Sequence[Tensor], groups: Sequence[GroupStep], grad_scale: float = 1.0
@@ -84,77 +101,134 @@ class OffloadedAdamW:
         Returns:
             When each task ran.
         """
-        for i, gradient in enumerate(gradients):
-            target = self.layout.view(self.gradients, i)
-            assert gradient.dtype == target.dtype, f"gradients are {gradient.dtype}, not {target.dtype} as announced"
-            target.copy_(gradient)
-        timeline = self.executor.run_step(number, groups, grad_scale)
-        for i, shard in enumerate(self.shards):
-            shard.copy_(self.layout.view(self.parameters, i))
-        return timeline
+        kind = self._means.gradient_type
+        for gradient in gradients:
+            assert gradient.dtype == kind, f"gradients are {gradient.dtype}, not {kind} as announced"
+        self.settle()
+        if self._executor is None:
+            self._executor = self._start(Pieces(self.layout, gradients))
+        else:
+            self._executor.use_gradients(Pieces(self.layout, gradients))
+        return self._executor.run_step(number, groups, grad_scale)
 
-    def state(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Master and moments of each shard as fp32 host tensors: what a plain optimizer would checkpoint."""
-        flat = self.states.export(self.parameters)
-        count = len(self.layout.shards)
-        return [tuple(self.layout.view(each, i).clone() for each in flat) for i in range(count)]  # type: ignore[misc]
+    def read(self, shard: int, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Master and moments of a shard as new fp32 host tensors: what a plain optimizer would checkpoint.
 
-    def load(self, masters: Sequence[Tensor], first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
-        """Take over state from a checkpoint, whatever placement or plain optimizer wrote it.
+        Reading in order touches every subgroup once; no more than one is held besides.
 
         Args:
-            masters, first, second: fp32 parameters and moments of each shard.
+            shard: its index.
+            start, stop: the elements of it; None means to its end.
         """
-        flat = [torch.zeros(self.layout.numel) for _ in range(3)]
-        for target, source in zip(flat, (masters, first, second), strict=True):
-            for i, values in enumerate(source):
-                self.layout.view(target, i).copy_(values.reshape(-1))
-        self.states.load(flat[0], flat[1], flat[2], self.parameters)
-        for i, shard in enumerate(self.shards):
-            shard.copy_(self.layout.view(self.parameters, i))
+        stop = self.layout.shards[shard].numel if stop is None else stop
+        found = torch.empty(stop - start), torch.empty(stop - start), torch.empty(stop - start)
+        for subgroup, source, target in self._overlap(shard, start, stop):
+            for array, values in zip(found, self._window(subgroup), strict=True):
+                array[target] = values[source]
+        return found
+
+    def write(self, shard: int, master: Tensor, moment1: Tensor, moment2: Tensor, start: int = 0) -> None:
+        """Set a shard's state, and its parameters to the rounded master.
+
+        Args:
+            shard: its index.
+            master, moment1, moment2: fp32, up to as many elements as the shard has.
+            start: the shard's element that they begin at.
+        """
+        given = [values.detach().reshape(-1).to("cpu", torch.float32) for values in (master, moment1, moment2)]
+        stop = start + len(given[0])
+        for subgroup, target, source in self._overlap(shard, start, stop):
+            for array, values in zip(self._window(subgroup), given, strict=True):
+                array[target] = values[source]
+            self._changed = True
+        self._parameters.tensors[shard][start:stop].copy_(given[0])
+
+    def _overlap(self, shard: int, start: int, stop: int) -> Iterator[tuple[int, slice, slice]]:
+        """Where elements of a shard lie: subgroup, elements within it, and elements counted from ``start``."""
+        for subgroup in self.layout.subgroups_of(shard):
+            for cut in self._cuts[subgroup]:
+                first, last = max(start, cut.offset), min(stop, cut.offset + cut.stop - cut.start)
+                if cut.shard == shard and first < last:
+                    shift = cut.start - cut.offset
+                    yield subgroup, slice(first + shift, last + shift), slice(first - start, last - start)
+
+    def settle(self) -> None:
+        """Put what was written last where it belongs, and let go of the host copy."""
+        if self._held is not None and self._changed:
+            self.states.put(*self._held)
+        self._held, self._changed = None, False
+
+    def state(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """:meth:`read` of every shard."""
+        found = [self.read(shard) for shard in range(len(self.layout.shards))]
+        self.settle()
+        return found
+
+    def load(self, masters: Sequence[Tensor], first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
+        """:meth:`write` every shard, whatever placement or plain optimizer the state comes from."""
+        for shard, values in enumerate(zip(masters, first, second, strict=True)):
+            self.write(shard, *values)
+        self.settle()
 
     def place(self, placement: Placement) -> None:
         """Move to another placement between two steps; nothing but the place changes."""
-        state = self.states.export(self.parameters)
+        self.settle()
+        state = self.states.export(self._parameters)
         self.close()
-        self._open(placement)
-        self.states.load(*state, self.parameters)
+        self.states = self._open(placement)
+        self.states.load(*state, self._parameters)
 
     def close(self) -> None:
         """End the threads and give memory and files back."""
-        self.executor.close()
+        if self._executor is not None:
+            self._executor.close()
+            self._executor = None
         self.states.close()
 
-    def _build(
-        self,
-        placement: Placement,
-        job: Job,
-        device: Device,
-        pool: HostPool,
-        nvme_paths: Sequence[Path],
-        nvme_shares: Sequence[float] | None,
-        cpu_threads: int,
-        cores: Sequence[int] | None,
-    ) -> None:
-        self.states = States(
+    def _fill(self, masters: Sequence[Tensor]) -> None:
+        for subgroup, cuts in enumerate(self._cuts):
+            start, stop = self.layout.bounds(subgroup)
+            master, zeros = torch.zeros(stop - start), torch.zeros(stop - start)
+            for cut in cuts:
+                master[cut.start : cut.stop] = masters[cut.shard][cut.offset : cut.offset + cut.stop - cut.start]
+            self.states.put(subgroup, master, zeros, zeros)
+
+    def _window(self, subgroup: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The host copy of a subgroup's state; the one before goes back where it belongs."""
+        if self._held is None or self._held[0] != subgroup:
+            self.settle()
+            self._held = (subgroup, *self.states.get(subgroup, self._parameters))
+        return self._held[1:]
+
+    def _open(self, placement: Placement) -> States:
+        means = self._means
+        self.placement = placement
+        return States(
             self.layout,
             placement,
-            device,
-            parameter_type=self.parameters.dtype,
-            gradient_type=self.gradients.dtype,
-            pool=pool,
-            nvme_paths=nvme_paths,
-            nvme_shares=nvme_shares,
+            self._device,
+            parameter_type=self._parameters.dtype,
+            gradient_type=means.gradient_type,
+            pool=means.pool,
+            nvme_paths=means.nvme_paths,
+            nvme_shares=means.nvme_shares,
         )
-        widths = {"grad_bytes": self.gradients.element_size(), "param_bytes": self.parameters.element_size()}
-        self.executor = Executor(
+
+    def _start(self, gradients: Pieces) -> Executor:
+        return Executor(
             self.layout,
-            placement,
-            replace(job, parameters=self.layout.numel, **widths),
-            device,
+            self.placement,
+            self._job,
+            self._device,
             self.states,
-            parameters=self.parameters,
-            gradients=self.gradients,
-            cpu_threads=cpu_threads,
-            cores=cores,
+            parameters=self._parameters,
+            gradients=gradients,
+            cpu_threads=self._means.cpu_threads,
+            cores=self._means.cores,
         )
+
+
+def layout_of(names: Sequence[str], shards: Sequence[Tensor], groups: Sequence[int], subgroup_size: int) -> Layout:
+    """The flat state of some shards."""
+    sizes = (shard.numel() for shard in shards)
+    return Layout.of([Shard(*item) for item in zip(names, sizes, groups, strict=True)], subgroup_size)

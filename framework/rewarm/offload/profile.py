@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +193,7 @@ def measure(
         under,
         device_rates,
         device_free,
-        _available_memory(),
+        available_memory(),
         drives,
         time.perf_counter() - began,
     )
@@ -236,16 +237,11 @@ class _Bench:
         size = _SIZES[-1]
         arrays = [torch.ones(size) for _ in range(4)]
         pointers = [ctypes.c_void_p(array.data_ptr()) for array in arrays]
-        return max(
-            _rate(
-                self.seconds / 2,
-                lambda prefetch=prefetch: library.rewarm_probe_in_place(
-                    ctypes.c_int64(size), *pointers, prefetch, self.threads
-                ),
-                28 * size,
-            )
-            for prefetch in (0, 1)
-        )
+
+        def probe(prefetch: int) -> None:
+            library.rewarm_probe_in_place(ctypes.c_int64(size), *pointers, prefetch, self.threads)
+
+        return max(_rate(self.seconds / 2, partial(probe, prefetch), 28 * size) for prefetch in (0, 1))
 
     def _copy(self, direction: str) -> None:
         with self.device.lane(direction):
@@ -309,11 +305,39 @@ def _rate(seconds: float, work: Callable[[], Any], amount: float) -> float:
     return best
 
 
-def _available_memory() -> float:
+def available_memory() -> float:
+    """Bytes of host memory that this process may still take: what is free, within the limits of its control groups."""
+    found = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     for line in _lines("/proc/meminfo"):
         if line.startswith("MemAvailable:"):
-            return float(line.split()[1]) * 1024
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+            found = float(line.split()[1]) * 1024
+    name = next((line[3:] for line in _lines("/proc/self/cgroup") if line.startswith("0::")), "/")
+    group = Path("/sys/fs/cgroup") / name.lstrip("/")
+    for folder in (group, *group.parents):
+        limit, used = (_lines(f"{folder}/memory.{what}") for what in ("max", "current"))
+        if limit and used and limit[0].isdigit():
+            found = min(found, float(limit[0]) - float(used[0]))
+    return max(0.0, found)
+
+
+def check_drives(paths: Sequence[str]) -> None:
+    """Refuse a folder that is no place for what memory has no room for; Linux may even do direct I/O there.
+
+    Raises:
+        UserError: if there is no such folder, or it lies in memory.
+    """
+    mounts = (line.split() for line in Path("/proc/self/mounts").read_text().splitlines())
+    kinds = {Path(fields[1]): fields[2] for fields in mounts}
+    for path in map(Path, paths):
+        if not path.is_dir():
+            raise UserError(f"the NVMe path {path} is not a folder", fix="create it, or correct offload.nvme_paths")
+        target = path.resolve()
+        kind = next((kinds[folder] for folder in (target, *target.parents) if folder in kinds), "")
+        if kind in ("tmpfs", "ramfs", "devtmpfs"):
+            raise UserError(
+                f"the NVMe path {path} lies in memory ({kind}), which it is meant to spare",
+                fix="name a folder on a local drive in offload.nvme_paths",
+            )
 
 
 def _lines(path: str) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from rewarm.offload import adamw
 from rewarm.offload.device import Device
 from rewarm.offload.nvme import Store
+from rewarm.offload.pieces import Pieces
 from rewarm.offload.routes import Placement, Route
 from rewarm.offload.slabs import HostPool, Layout, aligned
 
@@ -101,48 +102,71 @@ class States:
         self._taken = []
 
     def load(
-        self, master: torch.Tensor, moment1: torch.Tensor, moment2: torch.Tensor, parameters: torch.Tensor
+        self,
+        master: torch.Tensor,
+        moment1: torch.Tensor,
+        moment2: torch.Tensor,
+        parameters: torch.Tensor | Pieces,
     ) -> None:
         """Fill the state from flat host arrays, and the model's parameters with the rounded master.
 
         Args:
             master, moment1, moment2: fp32 [layout.numel] on the host, as a plain optimizer keeps them.
-            parameters: [layout.numel] on the device, filled.
+            parameters: the engine's, or a flat [layout.numel] on the device; filled.
         """
+        pieces = parameters if isinstance(parameters, Pieces) else Pieces(self.layout, parameters)
         for subgroup in range(self.layout.subgroups):
             start, stop = self.layout.bounds(subgroup)
-            rounded = master[start:stop].to(self.parameter_type)
-            parameters[start:stop] = rounded.to(parameters.device)
-            state = self._stage(subgroup)
-            state.moment1.copy_(moment1[start:stop])
-            state.moment2.copy_(moment2[start:stop])
-            if state.low is not None:
-                second = moment2[start:stop].clone()
-                low = torch.empty(stop - start, dtype=torch.int16)
-                adamw.split(master[start:stop].contiguous(), rounded, low, second)
-                state.low.copy_(low)
-                state.moment2.copy_(second)
-            else:
-                state.first.copy_(master[start:stop])
-            if self.placement.routes[subgroup].on_nvme:
-                self.write(subgroup, 0)
+            self.put(subgroup, master[start:stop], moment1[start:stop], moment2[start:stop])
+            for piece in pieces.of(subgroup):
+                piece.tensor.copy_(master[start:stop][piece.span])
 
-    def export(self, parameters: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def export(self, parameters: torch.Tensor | Pieces) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Master and moments as flat fp32 host arrays, whatever the placement: what a checkpoint holds."""
+        pieces = parameters if isinstance(parameters, Pieces) else Pieces(self.layout, parameters)
         flat = tuple(torch.zeros(self.layout.numel) for _ in range(3))
         for subgroup in range(self.layout.subgroups):
             start, stop = self.layout.bounds(subgroup)
-            if self.placement.routes[subgroup].on_nvme:
-                self.read(subgroup, 0)
-            state = self._stage(subgroup)
-            flat[1][start:stop] = state.moment1.cpu()
-            flat[2][start:stop] = state.moment2.cpu()
-            if state.low is not None:
-                high = parameters[start:stop].cpu()
-                adamw.join(high, state.low.cpu(), flat[2][start:stop], flat[0][start:stop])
-            else:
-                flat[0][start:stop] = state.first.cpu()
+            for target, values in zip(flat, self.get(subgroup, pieces), strict=True):
+                target[start:stop] = values
         return flat[0], flat[1], flat[2]
+
+    def put(self, subgroup: int, master: torch.Tensor, moment1: torch.Tensor, moment2: torch.Tensor) -> None:
+        """Set one subgroup's state; the model's parameters must be the rounded master before the next step.
+
+        Args:
+            master, moment1, moment2: fp32, of the subgroup's length, on the host.
+        """
+        state = self._stage(subgroup)
+        if state.low is not None:
+            # The sign of the second moment belongs to the split.
+            low, moment2 = torch.empty(len(master), dtype=torch.int16), moment2.clone()
+            adamw.split(master.contiguous(), master.to(torch.bfloat16), low, moment2)
+            state.low.copy_(low)
+        else:
+            state.first.copy_(master)
+        state.moment1.copy_(moment1)
+        state.moment2.copy_(moment2)
+        if self.placement.routes[subgroup].on_nvme:
+            self.write(subgroup, 0)
+
+    def get(self, subgroup: int, parameters: Pieces) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Master and moments of one subgroup as new fp32 host arrays of its length."""
+        if self.placement.routes[subgroup].on_nvme:
+            self.read(subgroup, 0)
+        state = self._stage(subgroup)
+        moment1, moment2 = (moment.to("cpu", copy=True) for moment in (state.moment1, state.moment2))
+        if state.low is None:
+            return state.first.to("cpu", copy=True), moment1, moment2
+        master = torch.zeros_like(moment1)
+        high = parameters.gather(subgroup, torch.zeros(len(master), dtype=torch.bfloat16))
+        adamw.join(high, state.low.cpu(), moment2, master)
+        return master, moment1, moment2
+
+    def device_bytes(self) -> int:
+        """Bytes of the device's memory that resident state and slots take."""
+        resident = sum(self._bytes(subgroup) for subgroup in self._resident)
+        return resident + sum(slot.numel() for slot in self._device_slots.values())
 
     def host_gradient(self, subgroup: int) -> torch.Tensor:
         """Host buffer that a CPU-updated subgroup's gradient is copied to."""

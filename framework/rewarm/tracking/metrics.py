@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from rewarm.errors import UserError
 
@@ -32,6 +32,8 @@ class DomainMetrics(TypedDict):
     """Target tokens since the last line."""
     weight: float
     """Share of the mixture in force at this step, in [0, 1]."""
+    objective: NotRequired[float]
+    """Share of the loss, in [0, 1]; only where it may differ from ``weight``."""
 
 
 class MetricsLine(TypedDict):
@@ -83,6 +85,7 @@ def metrics_line(
     loss_sums: Sequence[float],
     token_counts: Sequence[int],
     weights: Sequence[float],
+    objective: Sequence[float] | None = None,
     learning_rate: float,
     grad_norm: float,
     tokens_per_second: float,
@@ -97,6 +100,7 @@ def metrics_line(
         loss_sums: [D], token losses in nats summed since the last line; lists or numpy arrays.
         token_counts: [D], target tokens since the last line.
         weights: [D], mixture weights in force, as shares of 1.
+        objective: [D], shares of the loss; None where they are the weights.
         learning_rate: rate of the step.
         grad_norm: global norm before clipping.
         tokens_per_second: target tokens per second since the last line.
@@ -106,6 +110,8 @@ def metrics_line(
         name: {"loss": _mean(loss, count), "tokens": int(count), "weight": float(weight)}
         for name, loss, count, weight in zip(domain_names, loss_sums, token_counts, weights, strict=True)
     }
+    for name, share in zip(domain_names, objective if objective is not None else (), strict=objective is not None):
+        domains[name]["objective"] = float(share)
     total = math.fsum(float(loss) for loss in loss_sums) if _all_finite(loss_sums) else math.nan
     return {
         "step": int(step),

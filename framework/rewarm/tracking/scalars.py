@@ -20,6 +20,7 @@ def metrics_scalars(line: MetricsLine) -> dict[str, float]:
     for name, domain in line["domains"].items():
         scalars[f"loss/{name}"] = domain["loss"]
         scalars[f"weight/{name}"] = domain["weight"]
+        scalars[f"objective/{name}"] = domain.get("objective")
     return {name: value for name, value in scalars.items() if value is not None}
 
 

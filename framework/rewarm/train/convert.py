@@ -17,21 +17,21 @@ from rewarm.config.run import RunConfig
 from rewarm.engine.base import Engine
 from rewarm.errors import UserError
 from rewarm.launch.environment import find_ranks
-from rewarm.model.description import describe
+from rewarm.model.description import for_other_engine
 from rewarm.replay.lineage import Lineage
 from rewarm.train.open import OpenModel, open_model
 from rewarm.train.parent import TOKENIZER
 from rewarm.train.state import MODEL, RANDOM
 
-_OF_AN_ENGINE = ("parallel", "megatron", "deepspeed", "distributed")
+_OF_AN_ENGINE = ("parallel", "megatron", "deepspeed", "distributed", "offload")
 _KEPT = ("lineage.json", "mixture.jsonl", "metrics.jsonl", "evaluation.jsonl")
 
 
 def convert_run(run: Path, engine: str, output: Path) -> Path:
     """Write a run folder with one checkpoint, at the same step.
 
-    The weights go through a Hugging Face folder, which both engines read and write; in a bfloat16 run it is written
-    in float32, as far as the source engine keeps more than bfloat16.
+    The fp32 parameters, the optimizer's moments and their count of updates go through files that both engines read
+    and write, so that the new run's next step is the old run's, to the rounding of another order of sums.
 
     Args:
         run: a run folder or a checkpoint of one.
@@ -44,20 +44,21 @@ def convert_run(run: Path, engine: str, output: Path) -> Path:
     Raises:
         UserError: if there is nothing to convert, the output is taken, or the other engine does not know the model.
     """
+    from rewarm.engine.build import build_engine
+
     model = open_model(run)
     _check(model, engine, output)
-    with tempfile.TemporaryDirectory(prefix="rewarm-convert-", dir=output.resolve().parent) as scratch:
-        weights = Path(scratch) / "huggingface"
-        source = model.engine()
-        source.export_huggingface(weights, tokenizer=None, dtype="float32")
+    description = for_other_engine(model.architecture, model.config.precision)
+    config = _settings(model, engine, output)
+    output.resolve().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".rewarm-convert-", dir=output.resolve().parent) as scratch:
+        source = model.engine(optimizer=True)
+        source.save_portable(Path(scratch))
         source.close()
-        config = _settings(model, engine, output)
-        description = describe(weights, engine)
-        from rewarm.engine.build import build_engine
-
-        target = build_engine(config.model_copy(update={"parent": str(weights), "model": None}), description, [])
+        # With a parent no weights are drawn, which would be replaced at once.
+        target = build_engine(config.model_copy(update={"parent": str(model.folder), "model": None}), description, [])
         try:
-            target.import_huggingface(weights)
+            target.load_portable(Path(scratch))
             state = {**read_state(model.checkpoint), "architecture": description.to_dict(), "engine": engine}
             state["layout"] = None  # random state belongs to an engine's ranks; none is carried over
             checkpoint = _save(model, target, state, output)
@@ -83,7 +84,7 @@ def _check(model: OpenModel, engine: str, output: Path) -> None:
 
 def _settings(model: OpenModel, engine: str, output: Path) -> RunConfig:
     values: dict[str, Any] = dict(yaml.safe_load((model.folder / "config.yaml").read_text()))
-    for section in _OF_AN_ENGINE:
+    for section in (*_OF_AN_ENGINE, "stop_at"):  # where this invocation stopped is no wish for the next
         values.pop(section, None)
     place = {"name": output.resolve().name, "runs_folder": str(output.resolve().parent), "engine": engine}
     return build(values | place, source=str(model.folder / "config.yaml"))

@@ -65,7 +65,13 @@ def check_export(
     rows = []
     for domain, (name, ours) in zip(model.stage(1).evaluated, losses, strict=True):
         tokens = held_out_windows(domain.held_out, settings.windows_per_domain)
-        sums = window_losses(folder, tokens, settings.micro_batch_size, dtype=model.config.precision)
+        sums = window_losses(
+            folder,
+            tokens,
+            settings.micro_batch_size,
+            dtype=model.config.precision,
+            trust_remote_code=model.config.deepspeed.trust_remote_code,
+        )
         theirs = summarise(domain, sums, tokens.shape[1] - 1)
         if not abs(ours.loss - theirs.loss) <= tolerance:
             raise UserError(

@@ -10,10 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from rewarm.data.conditioning import Conditioning, read_with_prefix
 from rewarm.data.domain import Domain
 from rewarm.engine.base import Batch
 from rewarm.mixing.draws import rank_slice, sample_hash
+from rewarm.mixing.objective import Objective
 from rewarm.mixing.sampler import Draw, Sampler
+from rewarm.mixing.weight_log import WeightEntry
+from rewarm.mixing.weights import align
 
 PREFETCH_STEPS = 2
 """Steps drawn ahead of the one that trains; new weights take effect after them, whatever the disk's speed."""
@@ -29,6 +33,8 @@ class FedStep:
     """This rank's slice of it."""
     weights: np.ndarray
     """int64 [K]; the integer weights in effect at its first sample."""
+    objective: np.ndarray | None
+    """float64 [K]; shares of the objective at its first sample, None where they are those of the samples."""
     sample_hash: str
 
 
@@ -51,6 +57,8 @@ class Feed:
         rank: which slice is read.
         num_ranks: data-parallel ranks.
         vocab_size: token ids at or above it are refused.
+        objective: what the samples count in the loss; by default each counts once.
+        conditioning: prefixes of the domains' documents, up to a sample at which a step begins.
     """
 
     def __init__(
@@ -63,8 +71,12 @@ class Feed:
         rank: int,
         num_ranks: int,
         vocab_size: int,
+        objective: Objective | None = None,
+        conditioning: Conditioning | None = None,
     ) -> None:
         self._sampler = sampler
+        self._objective = objective or Objective(sampler.names)
+        self._conditioning = conditioning or Conditioning({}, 0)
         self._domains = list(domains)
         self._names = [domain.name for domain in domains]
         self._size, self._rank, self._num_ranks = global_batch_size, rank, num_ranks
@@ -81,7 +93,8 @@ class Feed:
         pending = self._ahead.popleft()
         batch = pending.batch.result()
         self._state = pending.state
-        return FedStep(pending.draw, batch, pending.weights, sample_hash(self._names, pending.draw))
+        objective = self._objective.shares(pending.draw.start)
+        return FedStep(pending.draw, batch, pending.weights, objective, sample_hash(self._names, pending.draw))
 
     def peek(self) -> Batch:
         """The batch that :meth:`next` will return, left in place."""
@@ -100,10 +113,12 @@ class Feed:
         """What draws the samples; it is ahead of the step that trains."""
         return self._sampler
 
-    def schedule_weights(self, weights: np.ndarray, at_sample: int) -> None:
-        """Let integer weights take effect at a global sample index from :attr:`first_free_sample` on."""
-        self._sampler.schedule_weights(weights, at_sample)
-        self._scheduled[at_sample] = weights
+    def schedule(self, entry: WeightEntry) -> None:
+        """Let an entry of the weight log take effect, at a sample from :attr:`first_free_sample` on."""
+        weights = align(entry.weights, self._names)
+        self._sampler.schedule_weights(weights, entry.sample)
+        self._scheduled[entry.sample] = weights
+        self._objective.schedule(entry)
 
     def state_dict(self) -> dict[str, Any]:
         """The sampler's state after the last step that :meth:`next` returned, with every change scheduled since."""
@@ -113,7 +128,7 @@ class Feed:
         for sample, weights in self._scheduled.items():
             pending[sample] = dict(zip(self._names, weights.tolist(), strict=True))
         changes = [{"sample": sample, "weights": pending[sample]} for sample in sorted(pending)]
-        return {**self._state, "pending": changes}
+        return {**self._state, "pending": changes, "objective": self._objective.state_dict(index)}
 
     def cursors(self) -> dict[str, int]:
         """Windows drawn of each domain up to the last step that :meth:`next` returned."""
@@ -127,17 +142,29 @@ class Feed:
         weights = self._sampler.weights
         draw = self._sampler.draw(self._size)
         mine = rank_slice(draw, self._rank, self._num_ranks)
-        self._ahead.append(_Pending(draw, weights, self._sampler.state_dict(), self._reader.submit(self._read, mine)))
+        factors = self._objective.factors(mine.start, mine.domains)
+        batch = self._reader.submit(self._read, mine, factors)
+        self._ahead.append(_Pending(draw, weights, self._sampler.state_dict(), batch))
 
-    def _read(self, draw: Draw) -> Batch:
+    def _read(self, draw: Draw, factors: np.ndarray | None) -> Batch:
+        # Decided by the global batch: every rank has a mask, or none has.
+        conditioned = draw.start < self._conditioning.stop
         tokens: np.ndarray | None = None
+        mask: np.ndarray | None = None
         for index in np.unique(draw.domains):
             domain = self._domains[index]
             rows = np.flatnonzero(draw.domains == index)
-            windows = domain.train.read(draw.windows[rows])
+            prefix = self._conditioning.prefixes.get(domain.name) if conditioned else None
+            if prefix is None:
+                windows, learned = domain.train.read(draw.windows[rows]), None
+            else:
+                windows, learned = read_with_prefix(domain.train, draw.windows[rows], prefix)
             domain.check_token_ids(windows, self._vocab_size, "train")
             if tokens is None:
                 tokens = np.empty((len(draw.domains), windows.shape[1]), dtype=np.int64)
+                mask = np.ones((len(tokens), windows.shape[1] - 1), dtype=bool) if conditioned else None
             tokens[rows] = windows
+            if mask is not None and learned is not None:
+                mask[rows] = learned
         assert tokens is not None, "a slice is never empty"
-        return Batch(tokens=tokens, domains=draw.domains)
+        return Batch(tokens=tokens, domains=draw.domains, loss_mask=mask, loss_weights=factors)

@@ -20,7 +20,7 @@ from rewarm.train.parent import find_parent
 from rewarm.train.stage import Stage, resolve_stage
 from rewarm.train.state import MODEL
 
-_OF_THE_MACHINE = ("parallel", "distributed", "megatron")
+_OF_THE_MACHINE = ("parallel", "distributed", "megatron", "offload")
 """Settings of a run that belong to the machines it trained on; looking at its model starts from the defaults."""
 
 
@@ -39,12 +39,12 @@ class OpenModel:
         """The resolved stage of the run; an imported model has none."""
         return resolve_stage(self.config, num_ranks)
 
-    def engine(self) -> Engine:
-        """The model on the ranks of this job. Collective."""
+    def engine(self, *, optimizer: bool = False) -> Engine:
+        """The model on the ranks of this job, with its optimizer's state if that is asked for. Collective."""
         from rewarm.engine.build import build_engine
 
         engine = build_engine(self.config, self.architecture, list(self.config.data))
-        engine.load(self.checkpoint / MODEL, optimizer=False)
+        engine.load(self.checkpoint / MODEL, optimizer=optimizer)
         return engine
 
 

@@ -10,6 +10,7 @@ from rewarm.checkpoint.distributed import find_checkpoint, find_damage, read_sta
 from rewarm.config.run import RunConfig
 from rewarm.engine.base import Engine
 from rewarm.errors import UserError
+from rewarm.mixing.mixers.build import with_targets
 from rewarm.mixing.weight_log import WeightEntry, WeightLog
 from rewarm.resilience.health import check_device, check_nodes
 from rewarm.resilience.lock import RunLock
@@ -42,6 +43,7 @@ def run_session(config: RunConfig) -> None:
 
     ranks = find_ranks()
     check_device()
+    config = config.model_copy(update={"mixture": with_targets(config.mixture)})
     stage = resolve_stage(config, ranks.world_size)
     lock = RunLock(prepare_folder(config)) if ranks.rank == 0 else None
     try:
@@ -102,7 +104,8 @@ def assemble(config: RunConfig, stage: Stage, engine: Engine) -> Run:
         write_run_files(config, stage, started=state is not None)
     engine.barrier()
     entries = engine.broadcast(_weight_log(stage, started=state is not None) if engine.is_main else None)
-    sampler = stage.sampler(None if state is None else state["sampler"], entries)
+    drawn = None if state is None else state["sampler"]
+    sampler = stage.sampler(drawn, entries)
     tracker = Tracker(
         stage.folder,
         config.tracking,
@@ -120,6 +123,8 @@ def assemble(config: RunConfig, stage: Stage, engine: Engine) -> Run:
         rank=engine.data_parallel_rank,
         num_ranks=engine.data_parallel_size,
         vocab_size=stage.architecture.vocab_size,
+        objective=stage.objective(drawn, entries),
+        conditioning=stage.conditioning(),
     )
     schedule = LearningRate(config.schedule, config.total_tokens, config.tokens_per_step)
     run = Run(config, stage, engine, feed, schedule, tracker)
@@ -133,10 +138,8 @@ def _weight_log(stage: Stage, *, started: bool) -> list[WeightEntry]:
     """The entries of the run's weight log, which a new run begins with the weights of its first sample."""
     weight_log = WeightLog(stage.folder / "mixture.jsonl")
     if not started:
-        weights = dict(zip(stage.names, stage.initial_weights.tolist(), strict=True))
-        weight_log.append(0, weights, f"start: {stage.config.mixture.mixer}")
         for entry in stage.planned:
-            weight_log.append(entry.sample, entry.weights, entry.reason)
+            weight_log.append(entry.sample, entry.weights, entry.reason, entry.objective)
     return weight_log.entries()
 
 

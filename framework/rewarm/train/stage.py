@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 
 from rewarm.config.run import RunConfig
+from rewarm.data.conditioning import Conditioning, prefix_tokens
 from rewarm.data.domain import Domain, open_domain
 from rewarm.engine.layout import check_layout
 from rewarm.errors import UserError
 from rewarm.mixing.controller import MixtureController
 from rewarm.mixing.mixers.build import build_mixer
-from rewarm.mixing.mixture import Clock, initial_weights, planned_changes
+from rewarm.mixing.mixture import Clock, cooldown_sample, initial_weights, planned_changes, planned_entry
+from rewarm.mixing.objective import Objective
 from rewarm.mixing.sampler import SampledDomain, Sampler
 from rewarm.mixing.weight_log import WeightEntry
 from rewarm.mixing.weights import TOTAL, align, fractions
@@ -29,6 +31,7 @@ from rewarm.replay.lineage import Stage as LineageStage
 from rewarm.schedule.learning_rate import LearningRate
 from rewarm.train.old_domains import OldDomains, open_old_domains
 from rewarm.train.origin import Origin, find_origin
+from rewarm.train.reference import reference_losses
 from rewarm.train.tokenizers import check_tokenizers, choose_tokenizer
 
 log = logging.getLogger(__name__)
@@ -50,7 +53,8 @@ class Stage:
     initial_weights: np.ndarray
     """int64 [D]."""
     planned: list[WeightEntry]
-    """Changes of weights that are known before the first step."""
+    """What the weight log of a new run begins with: the weights of the first sample, and the changes that are known
+    before it."""
     messages: list[str] = field(default_factory=list)
     """What the user should know before the first step."""
 
@@ -91,6 +95,34 @@ class Stage:
             sampler.plan(self.config.total_steps * self.config.batch.global_batch_size)
         return sampler
 
+    def objective(self, state: Mapping[str, Any] | None, log_entries: Iterable[WeightEntry]) -> Objective:
+        """What each sample counts in the loss, from the same arguments as :meth:`sampler`."""
+        objective = Objective(self.names)
+        if state is not None:
+            objective.load_state_dict(state.get("objective", []))
+        for entry in log_entries:
+            if state is None or entry.sample > state["sample_index"]:
+                objective.schedule(entry)
+        return objective
+
+    def conditioning(self) -> Conditioning | None:
+        """The texts in front of the domains' documents, and where they end.
+
+        Raises:
+            UserError: if one is of no domain of the stage, cannot be made into tokens, or the end is not in the stage.
+        """
+        settings = self.config.mixture.conditioning
+        if settings is None:
+            return None
+        unknown = sorted(set(settings.prefixes) - set(self.names))
+        if unknown:
+            raise UserError(
+                f"mixture.conditioning.prefixes names {unknown[0]!r}, which is no domain that the stage trains on",
+                fix=f"name some of {', '.join(self.names)}",
+            )
+        tokens = prefix_tokens(settings.prefixes, self.tokenizer, self.config.batch.sequence_length // 2)
+        return Conditioning(tokens, cooldown_sample(settings, _clock(self.config)))
+
     def _order(self, domain: Domain) -> str:
         return order_identity(domain.fingerprint, len(domain.train), self.config.seed)
 
@@ -98,13 +130,20 @@ class Stage:
         """What steers the weights of the new domains after evaluations, as it stands at the first step."""
         config, num_new = self.config, len(self.config.data)
         weights = fractions(self.initial_weights[:num_new])
-        mixer = build_mixer(config.mixture, self.names[:num_new], weights, lambda text: config.steps(text) or 0)
+        mixer = build_mixer(
+            config.mixture,
+            self.names[:num_new],
+            weights,
+            lambda text: config.steps(text) or 0,
+            lambda place: reference_losses(Path(place), config, self.trained[:num_new]),
+        )
         return MixtureController(
             config.mixture,
             mixer,
             replayed=dict(zip(self.names[num_new:], self.initial_weights[num_new:].tolist(), strict=True)),
             replay_fraction=config.replay.fraction,
             total_samples=config.total_steps * config.batch.global_batch_size,
+            held_out={domain.name: domain.held_out_fingerprint for domain in self.trained},
         )
 
     def _max_epochs(self, name: str) -> float | None:
@@ -163,16 +202,18 @@ def resolve_stage(config: RunConfig, num_ranks: int) -> Stage:
     tokens = {domain.name: domain.train.num_tokens for domain in new}
     shares = {domain.name: share for domain, share in old.replayed}
     names, weights = initial_weights(config.mixture, config.replay, tokens, shares, total_tokens=config.total_tokens)
-    planned = planned_changes(config.mixture, config.replay, tokens, shares, _clock(config))
+    start = planned_entry(config.mixture, 0, names, weights, f"start: {config.mixture.mixer}")
+    planned = [start, *planned_changes(config.mixture, config.replay, tokens, shares, _clock(config))]
     trained = new + [domain for domain, _ in old.replayed]
     assert names == [domain.name for domain in trained], (names, trained)
     check_tokenizers(tokenizer, architecture, trained)
     evaluated = trained + _watchable(old, tokenizer, architecture)
     _check_enough_windows(config, trained, weights)
     stage = Stage(config, origin, architecture, tokenizer, trained, evaluated, weights, planned, list(old.messages))
-    # Both refuse what could only fail after the ranks have started.
+    # All refuse what could only fail after the ranks have started.
     stage.sampler(None, planned)
     stage.controller()
+    stage.conditioning()
     return stage
 
 

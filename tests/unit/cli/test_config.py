@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 from rewarm.cli.config import app
 from rewarm.config.load import load
 from rewarm.config.reference import reference
+from rewarm.engine.deepspeed.json import deepspeed_json
 from rewarm.errors import UserError
 
 
@@ -37,6 +39,28 @@ def test_show_refuses_what_training_would_refuse(stage: Path) -> None:
         result = CliRunner().invoke(app, ["show", str(stage), override])
         assert isinstance(result.exception, UserError)
         assert result.stdout == ""
+
+
+def test_show_prints_the_deepspeed_configuration_that_the_engine_is_given(tmp_path: Path) -> None:
+    stage, file = tmp_path / "stage.yaml", tmp_path / "ds.json"
+    stage.write_text("name: a\nparent: p\nengine: deepspeed\ndata: {d: p}\nduration: 100 steps\n")
+    more = ["--deepspeed", "deepspeed.zero_stage=2", "parallel.data=4"]
+    result = CliRunner().invoke(app, ["show", str(stage), *more])
+    assert json.loads(result.stdout) == deepspeed_json(load(stage, more[1:]), 4)
+    file.write_text('{"gradient_clipping": "auto", "aio": {"queue_depth": 4}, "zero_optimization": {"stage": 2}}')
+    merged = CliRunner().invoke(app, ["show", str(stage), *more, f"deepspeed.json_file={file}"])
+    assert json.loads(merged.stdout) == json.loads(result.stdout) | {"aio": {"queue_depth": 4}}
+
+
+def test_show_names_both_values_of_a_contradiction(tmp_path: Path) -> None:
+    stage, file = tmp_path / "stage.yaml", tmp_path / "ds.json"
+    stage.write_text("name: a\nparent: p\nengine: deepspeed\ndata: {d: p}\nduration: 100 steps\n")
+    file.write_text('{"gradient_clipping": 0.3}')
+    result = CliRunner().invoke(app, ["show", str(stage), "--deepspeed", f"deepspeed.json_file={file}"])
+    assert isinstance(result.exception, UserError)
+    assert f"{file} has gradient_clipping=0.3, but the run's settings give 1.0" in str(result.exception)
+    result = CliRunner().invoke(app, ["show", str(stage), "--deepspeed", "engine=megatron"])
+    assert "engine=megatron has no DeepSpeed configuration" in str(result.exception)
 
 
 def test_reference_prints_the_document() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rewarm.errors import UserError
 from rewarm.mixing.mixers.ado import ADOMixer
-from rewarm.mixing.mixers.aioli import AioliMixer
+from rewarm.mixing.mixers.aioli import AioliMixer, AioliRounds
 from rewarm.mixing.mixers.base import Mixer, Observation, by_domain, exponentiated_gradient
 from rewarm.mixing.mixers.doge import DoGEMixer
 from rewarm.mixing.mixers.doremi import DoReMiMixer
@@ -209,6 +209,68 @@ def test_aioli_recovers_the_interaction_matrix() -> None:
     close(weights, [p / sum(powers) for p in powers])
     with pytest.raises(UserError, match="do not tell"):
         AioliMixer(NAMES, W).update(Observation(1, probe_mixes=mixes[[0, 0, 0]], probe_drops=mixes[[0, 0, 0]]))
+
+
+INTERACTION = np.array([[0.5, 0.1, 0.2], [0.0, 0.3, 0.1], [0.2, 0.4, 0.6]])  # [loss, trained domain]
+
+
+def run_aioli(mixer: AioliRounds, updates: int, *, lag: float = 0.0, skip: int | None = None) -> list[np.ndarray]:
+    """Drive it with losses that fall linearly with what is trained on; ``lag`` of each interval has older weights."""
+    losses, weights, history = np.full(3, 9.0), [mixer.weights, mixer.weights], []
+    counts = np.zeros(3)
+    for update in range(updates):
+        if update != skip:
+            seen = Observation(update, losses=losses.copy(), training_counts=counts.astype(np.int64))
+            chosen, counts = mixer.update(seen), np.zeros(3)
+            weights = [weights[1], chosen]
+        history.append(weights[1])
+        trained = np.rint(1e6 * (lag * weights[0] + (1 - lag) * weights[1]))
+        counts, losses = counts + trained, losses - INTERACTION @ trained / 1e7
+    return history
+
+
+@pytest.mark.parametrize(("lag", "skip"), [(0.0, None), (0.4, None), (0.0, 2), (1.0, None)])
+def test_aioli_probes_in_a_run_and_finds_the_interaction_whenever_weights_take_effect(
+    lag: float, skip: int | None
+) -> None:
+    mixer = AioliRounds(NAMES, W, step_size=1.0, probe_share=0.6, probes_per_domain=1, hold=5)
+    history = run_aioli(mixer, 14, lag=lag, skip=skip)
+    powers = [math.exp(s / 2.4) for s in (0.7, 0.8, 0.9)]
+    close(history[6], [p / sum(powers) for p in powers])
+    assert sorted(history[0].tolist()) == pytest.approx([0.2, 0.2, 0.6])
+    assert len({tuple(weights) for weights in history[:3]}) >= (3 if skip is None else 2)
+    assert any(sorted(weights.tolist()) == pytest.approx([0.2, 0.2, 0.6]) for weights in history[7:])
+
+
+def test_aioli_goes_on_from_any_place_of_a_round() -> None:
+    def fresh() -> AioliRounds:
+        return AioliRounds(NAMES, W, probes_per_domain=2, hold=2, matrix_decay=0.5)
+
+    first, losses = fresh(), np.full(3, 9.0)
+    for update in range(25):
+        second = fresh()
+        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        losses = losses - np.array([0.1, 0.2, 0.3]) * (1 + update % 4)
+        seen = Observation(update, losses=losses, training_counts=np.array([7, 5, 3 + update % 5]) * 100)
+        assert first.update(seen).tolist() == second.update(seen).tolist()
+        first.adopt(first.weights.round(3))
+        second.adopt(second.weights.round(3))
+        assert first.state_dict() == second.state_dict() and first.note == second.note
+
+
+def test_aioli_averages_rounds_and_follows_the_weights_that_were_adopted() -> None:
+    mixer = AioliRounds(NAMES, W, step_size=1.0, probe_share=0.6, probes_per_domain=1, hold=2, matrix_decay=0.25)
+    mixer.matrix = np.diag([1.0, 0.0, 0.0])
+    run_aioli(mixer, 4)
+    expected = 0.25 * np.array([1.0, 0, 0]) + 0.75 * np.array([0.7, 0.8, 0.9]) / 2.4
+    close(np.array(list(mixer.details()["effect"].values())), expected.tolist())
+    mixer.adopt(np.array([0.2, 0.3, 0.5]))
+    close(mixer.update(Observation(5, losses=np.ones(3), training_counts=np.ones(3, np.int64))), [0.2, 0.3, 0.5])
+
+
+def test_aioli_refuses_probes_that_are_no_probes() -> None:
+    with pytest.raises(UserError, match="no more than an equal share"):
+        AioliRounds(NAMES, W, probe_share=1 / 3)
 
 
 def test_doge_favours_gradients_that_serve_the_others() -> None:

@@ -118,7 +118,8 @@ def test_killed_in_the_middle_of_steps_it_resumes_and_leaves_nothing_behind(disk
         gradient.normal_(generator=torch.Generator().manual_seed(number))
         adamw.update(adamw.AdamWStep.prepare(step=number, learning_rate=1e-3), *state, gradient)
     for ours, theirs in zip(torch.load(checkpoint)[1:], state, strict=True):
-        assert torch.equal(ours.view(torch.int32), theirs.view(torch.int32))
+        # Nobody reads or writes what pads the last subgroup.
+        assert torch.equal(ours[:100_000].view(torch.int32), theirs[:100_000].view(torch.int32))
     assert list(disk.iterdir()) == []
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rewarm.offload import adamw
 from rewarm.offload.device import ThrottledDevice
 from rewarm.offload.execute import GroupStep
-from rewarm.offload.optimizer import OffloadedAdamW
+from rewarm.offload.optimizer import Means, OffloadedAdamW
 from rewarm.offload.placement import interleave
 from rewarm.offload.routes import Job, Placement, Route
 from rewarm.offload.slabs import HostPool, Layout, Shard
@@ -107,10 +107,8 @@ def adapter(model: Tied, placement: Placement, folder: Path) -> OffloadedAdamW:
         placement,
         Job(1, 0.0, 0.0),
         ThrottledDevice(),
+        Means(HostPool(pin=False), shards[0].dtype, nvme_paths=[folder]),
         subgroup_size=SIZE,
-        gradient_type=shards[0].dtype,
-        pool=HostPool(pin=False),
-        nvme_paths=[folder],
     )
 
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from rewarm.engine import ranks
-from rewarm.engine.deepspeed.partitions import MOMENTS, WEIGHT, Partitions
+from rewarm.engine.deepspeed.partitions import Partitions
 from rewarm.engine.deepspeed.shards import Shards, place
+from rewarm.engine.portable import MOMENTS, WEIGHT
 from rewarm.errors import UserError
 from rewarm.model.safetensors_io import TensorFolder, TensorWriter
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from rewarm import versions
 from rewarm.engine import device
+from rewarm.errors import UserError
 
 
 def load_deepspeed() -> Any:
@@ -59,6 +60,34 @@ def adopt_process_group(deepspeed: Any) -> None:
     )
 
 
+def initialize(deepspeed: Any, module: Any, optimizer: Any, values: dict[str, Any], source: str | None) -> Any:
+    """What ``deepspeed.initialize`` wraps the model in.
+
+    Args:
+        deepspeed: the module.
+        module: the model.
+        optimizer: over its parameters.
+        values: the DeepSpeed configuration.
+        source: the user's file that was merged into it, if any.
+
+    Raises:
+        UserError: if DeepSpeed refuses a key that the user's file added.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return deepspeed.initialize(model=module, optimizer=optimizer, config=values, dist_init_required=False)[0]
+    except ValidationError as error:
+        if source is None:
+            raise
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise UserError(
+            f"DeepSpeed refuses {key}={first['input']!r}: {first['msg']}",
+            fix=f"mend it in deepspeed.json_file={source}",
+        ) from error
+
+
 def leave_process_group() -> None:
     """Let DeepSpeed forget the default process group, which is about to be destroyed."""
     importlib.import_module("deepspeed.comm.comm").cdb = None  # type: ignore[attr-defined]
@@ -93,6 +122,18 @@ def shard_map(parameter: Any) -> Any:
     if meta.get("affine_map") is None:
         raise NotImplementedError(meta.get("unsupported_reason") or "its cut is not described")
     return ParamAffineMap.from_dict(meta["affine_map"])
+
+
+def forget_gradients(engine: Any) -> None:
+    """Drop the gradients of a step that was not made.
+
+    Under stages 1 and 2 with offload DeepSpeed 0.19 keeps the fp32 sums of a bfloat16 run, and would add all later
+    gradients to what is not a number.
+    """
+    sums = getattr(engine.optimizer, "averaged_gradients", None)
+    if isinstance(sums, dict):
+        for group in sums:
+            sums[group] = None
 
 
 def norm_of_gradients(engine: Any) -> float:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +31,16 @@ from rewarm.engine.deepspeed.extensions import needed_extensions, prepare_extens
 from rewarm.engine.deepspeed.json import deepspeed_json
 from rewarm.engine.deepspeed.model import build_model
 from rewarm.engine.deepspeed.optimizer import build_optimizer, set_learning_rate
-from rewarm.engine.deepspeed.partitions import MOMENTS, WEIGHT, open_partitions
+from rewarm.engine.deepspeed.partitions import open_partitions
 from rewarm.engine.deepspeed.shards import Shards
 from rewarm.engine.deepspeed.sources import RandomWeights, Source, open_huggingface
+from rewarm.engine.deepspeed.swap import SwapFolder
+from rewarm.engine.deepspeed.ulysses import Ulysses
+from rewarm.engine.deepspeed.update import OffloadedStep
+from rewarm.engine.portable import MOMENTS, WEIGHT, PortableState, PortableWriter
 from rewarm.errors import UserError
 from rewarm.model.description import HuggingFaceModel
+from rewarm.model.initial import RandomTensors
 
 
 class DeepSpeedEngine(Collectives, Engine):
@@ -51,10 +58,15 @@ class DeepSpeedEngine(Collectives, Engine):
         self._num_domains = len(domain_names)
         self._device = device.activate()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        # Tensor ranks are neighbours; each model copy is one row of them.
+        # Tensor ranks, or context ranks, are neighbours that work on the same windows.
+        together_ranks = config.parallel.model_ranks
         self._tensor_rank = self.rank % self.layout.tensor
-        self.data_parallel_rank, self.data_parallel_size = self.rank // self.layout.tensor, self.layout.data
-        self._reports = self._tensor_rank == 0
+        self.data_parallel_rank, self.data_parallel_size = self.rank // together_ranks, self.layout.data
+        self._counts, self._sums = self.rank % together_ranks == 0, self._tensor_rank == 0
+        # ZeRO shares the model among the context ranks too: a gradient from a part of a sequence is one of a sum.
+        self._num_shares = self.world_size // self.layout.tensor
+        self._swap: SwapFolder | None = None
+        self._context: Ulysses | None = None
         if needed_extensions(config.deepspeed):
             together(lambda: prepare_extensions(config.deepspeed))
         self._initialize()
@@ -65,24 +77,41 @@ class DeepSpeedEngine(Collectives, Engine):
         with compat.quiet():
             compat.adopt_process_group(deepspeed)
         values = deepspeed_json(config, self.layout.data)
-        # Dropout differs between model copies and agrees within one.
-        torch.manual_seed(config.seed + self.data_parallel_rank)
+        if config.deepspeed.nvme_path is not None:
+            self._swap = SwapFolder(config.deepspeed.nvme_path)
+            values = self._swap.use(values)
+        # Dropout differs between the shares of a batch and agrees between tensor ranks.
+        torch.manual_seed(config.seed + self.rank // self.layout.tensor)
         with compat.quiet():
             module = build_model(config, self.model, deepspeed, values)
+            if config.parallel.context > 1:
+                self._context = Ulysses(config.parallel.context)
+                self._context.attach(module)
             optimizer = build_optimizer(config, module)
-            self.deepspeed, _, _, _ = deepspeed.initialize(
-                model=module, optimizer=optimizer, config=values, dist_init_required=False
-            )
+            self.deepspeed = compat.initialize(deepspeed, module, optimizer, values, config.deepspeed.json_file)
         self._partitions = open_partitions(
             self.deepspeed,
             stage,
             has_moments=config.optimizer.name == "adamw",
-            num_shares=self.layout.data,
-            share=self.data_parallel_rank,
+            num_shares=self._num_shares,
+            share=self.rank // self.layout.tensor,
         )
+        if config.offload.mode != "none":
+            self._partitions.offload(config.offload)
         self._shards = Shards(self.deepspeed.module, self._tensor_rank, self.layout.tensor)
         if config.parent is None:
-            self._fill(RandomWeights(self.model.config, config.seed, self._shards.shapes))
+            self._fill(self._random_weights())
+
+    def _random_weights(self) -> Source:
+        values = self.model.config
+        return RandomWeights(
+            RandomTensors(
+                self._shards.shapes,
+                seed=self.config.seed,
+                initializer_range=values["initializer_range"],
+                num_layers=values["num_hidden_layers"],
+            )
+        )
 
     def _fill(self, source: Source, *, moments: bool = False) -> None:
         """Set the fp32 parameters, and the moments, and take them over into the model. Collective."""
@@ -103,17 +132,24 @@ class DeepSpeedEngine(Collectives, Engine):
     def dry_run(self, batch: Batch) -> None:
         """See :meth:`Engine.dry_run`."""
         state = self.rng_state()
+        if self._context is not None:
+            self._check_context(self._context, batch)
         # A gradient that is not finite is dropped by the one path that knows where stage and offload have put it.
+        started = time.perf_counter()
         self._forward_backward(batch, factor=math.nan)
+        device.synchronize()
+        seconds = time.perf_counter() - started
         _, updated = self._update()
         assert not updated, "DeepSpeed took a step on a gradient that is not a number"
+        if isinstance(self._partitions.inner, OffloadedStep) and self._partitions.inner.offload is not None:
+            self._partitions.inner.offload.rehearsed(seconds, device.peak_memory())
         self.set_rng_state(state)
 
     def _forward_backward(self, batch: Batch, factor: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
         """Loss sums and token counts per domain over all ranks; gradients are reduced where the stage wants them."""
-        counts = sum_by_domain(tokens_per_window(batch), batch.domains, self._num_domains, reports=self._reports)
-        # DeepSpeed averages over the data-parallel ranks, whose share of the tokens may differ.
-        scale = factor * self.layout.data / max(1.0, float(counts.sum()))
+        counts = sum_by_domain(tokens_per_window(batch), batch.domains, self._num_domains, reports=self._counts)
+        # DeepSpeed averages over its ranks, whose share of the tokens may differ.
+        scale = factor * self._num_shares / max(1.0, float(counts.sum()))
         size = self.config.batch.micro_batch_size
         starts = range(0, len(batch.tokens), size)
         losses = []
@@ -124,19 +160,42 @@ class DeepSpeedEngine(Collectives, Engine):
             )
             losses.append(windows.detach().double())
             self.deepspeed.set_gradient_accumulation_boundary(start == starts[-1])
+            if batch.loss_weights is not None:
+                windows = windows * torch.from_numpy(batch.loss_weights[rows]).to(windows)
             self.deepspeed.backward(windows.sum() * scale, scale_wrt_gas=False)
         windows = torch.cat(losses).cpu().numpy()
-        sums = sum_by_domain(windows, batch.domains, self._num_domains, reports=self._reports)
+        sums = sum_by_domain(windows, batch.domains, self._num_domains, reports=self._sums)
         return sums, counts.astype(np.int64)
 
     def _window_losses(self, tokens: np.ndarray, mask: np.ndarray | None) -> Tensor:
-        """Sums of token losses per window. Args: tokens [B, S + 1], mask [B, S] or None. Returns: fp32 [B]."""
+        """Sums of token losses per window, over this rank's part of it.
+
+        Args: tokens [B, S + 1], mask [B, S] or None. Returns: fp32 [B].
+        """
         windows = torch.from_numpy(tokens).to(self._device)
-        logits = self.deepspeed(input_ids=windows[:, :-1].contiguous(), use_cache=False).logits
-        losses = cross_entropy(logits.float().transpose(1, 2), windows[:, 1:], reduction="none")
+        length = windows.shape[1] - 1
+        part, positions = slice(length), {}
+        if self._context is not None:
+            part, positions = self._context.part(length), {"position_ids": self._context.positions(length)}
+        logits = self.deepspeed(input_ids=windows[:, :-1][:, part].contiguous(), use_cache=False, **positions).logits
+        targets = windows[:, 1:][:, part]
+        # Flat, because torch is six times slower over a vocabulary that is not the last dimension.
+        losses = cross_entropy(logits.float().flatten(0, 1), targets.reshape(-1), reduction="none").view(targets.shape)
         if mask is not None:
-            losses = losses * torch.from_numpy(mask).to(self._device)
+            losses = losses * torch.from_numpy(mask).to(self._device)[:, part]
         return losses.sum(dim=1)
+
+    def _check_context(self, context: Ulysses, batch: Batch) -> None:
+        """See :meth:`Ulysses.check`. Collective."""
+
+        def forward(tokens: Tensor, positions: Tensor) -> Tensor:
+            logits: Tensor = self.deepspeed(input_ids=tokens, position_ids=positions, use_cache=False).logits
+            return logits
+
+        self.deepspeed.eval()
+        with torch.no_grad():
+            context.check(forward, torch.from_numpy(batch.tokens[:1, :-1]).to(self._device))
+        self.deepspeed.train()
 
     def _update(self) -> tuple[float, bool]:
         """Apply the reduced gradients. Returns their norm before clipping, and whether they were. Collective."""
@@ -148,8 +207,10 @@ class DeepSpeedEngine(Collectives, Engine):
             self.deepspeed.step()
             return norm, True
         self.deepspeed.step()
-        norm = float(self.deepspeed.get_global_grad_norm())
-        return norm, self.deepspeed.was_step_applied()
+        norm, updated = float(self.deepspeed.get_global_grad_norm()), self.deepspeed.was_step_applied()
+        if not updated:
+            compat.forget_gradients(self.deepspeed)
+        return norm, updated
 
     def evaluate(self, tokens: np.ndarray, micro_batch_size: int) -> np.ndarray:
         """See :meth:`Engine.evaluate`."""
@@ -163,7 +224,7 @@ class DeepSpeedEngine(Collectives, Engine):
             for index in range(passes):
                 span = spans[index] if index < len(spans) else np.arange(min(micro_batch_size, len(tokens)))
                 windows = self._window_losses(tokens[np.resize(span, micro_batch_size)], None)
-                if index < len(spans) and self._reports:
+                if index < len(spans) and self._sums:
                     sums[span] = windows[: len(span)].double().cpu().numpy()
         self.deepspeed.train()
         return sum_array(sums)
@@ -172,7 +233,7 @@ class DeepSpeedEngine(Collectives, Engine):
         """See :meth:`Engine.next_token_logits`."""
         inputs = torch.from_numpy(tokens[None]).to(self._device)
         self.deepspeed.eval()
-        with torch.no_grad():
+        with torch.no_grad(), self._context.whole_sequences() if self._context else nullcontext():
             logits = self.deepspeed(input_ids=inputs, use_cache=False).logits[0, -1].float()
         self.deepspeed.train()
         if self.rank:
@@ -224,6 +285,23 @@ class DeepSpeedEngine(Collectives, Engine):
             self.deepspeed.module, self._shards, self.model, folder, dtype, files=files, replace=replace
         )
 
+    def save_portable(self, folder: Path) -> None:
+        """See :meth:`Engine.save_portable`."""
+        assert self.world_size == 1, "in more processes each would hold a part"
+        partitions, shapes = self._partitions, self._shards.shapes
+        writer = PortableWriter(folder, shapes, moments=partitions.has_moments, steps=partitions.steps())
+        for fragment in partitions.fragments(moments=partitions.has_moments, write=False):
+            for kind in writer.kinds:
+                writer.write(fragment.name, kind, fragment.tensors[kind].view(shapes[fragment.name]))
+        writer.close()
+
+    def load_portable(self, folder: Path) -> None:
+        """See :meth:`Engine.load_portable`."""
+        assert self.world_size == 1, "in more processes each would hold a part"
+        state = PortableState(folder)
+        self._fill(state, moments=self._partitions.has_moments)
+        self._partitions.set_steps(state.steps)
+
     def rng_state(self) -> Any:
         """See :meth:`Engine.rng_state`."""
         return device.rng_state()
@@ -238,7 +316,13 @@ class DeepSpeedEngine(Collectives, Engine):
 
     def release(self) -> None:
         """Free the model and what DeepSpeed keeps beside it, and stay in the process group."""
+        if isinstance(self._partitions.inner, OffloadedStep) and self._partitions.inner.offload is not None:
+            self._partitions.inner.offload.close()
         self.deepspeed.destroy()
+        if self._context is not None:
+            self._context.close()
+        if self._swap is not None:
+            self._swap.close()
         compat.forget_groups()
 
     def close(self) -> None:

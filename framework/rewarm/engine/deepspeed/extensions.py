@@ -23,6 +23,9 @@ from rewarm.config.deepspeed import DeepSpeedConfig
 from rewarm.errors import UserError
 
 _BUILDERS = {"cpu_adam": "CPUAdamBuilder", "async_io": "AsyncIOBuilder"}
+_LOADED_FIRST = {"async_io": ("pin_memory",)}
+"""Extensions that another one loads, and builds, by itself."""
+_END_SECONDS = 10.0
 _LOAD_SECONDS = 30.0
 """A load of what is built holds torch's lock for a moment; an older lock belongs to a process that is gone."""
 
@@ -33,9 +36,10 @@ def needed_extensions(settings: DeepSpeedConfig) -> list[str]:
 
 
 def extensions_folder(settings: DeepSpeedConfig) -> Path:
-    """Where they are kept: apart for each version, and for each CPU since they are compiled for the one at hand."""
+    """Where they are kept: apart for each version, for each CPU since they are compiled for the one at hand, and for
+    each compiler, since another one would compile them again on every rank."""
     base = settings.extensions_folder or str(Path.home() / ".cache" / "rewarm" / "deepspeed")
-    cpu = hashlib.blake2b(_cpu().encode(), digest_size=4).hexdigest()
+    cpu = hashlib.blake2b((_cpu() + os.environ.get("CXX", "")).encode(), digest_size=4).hexdigest()
     python = f"py{sys.version_info.major}{sys.version_info.minor}"
     return Path(base) / f"{python}-torch{version('torch')}-deepspeed{version('deepspeed')}-{cpu}"
 
@@ -77,7 +81,8 @@ def _reason(name: str) -> str:
 
 def is_built(name: str, settings: DeepSpeedConfig) -> bool:
     """True if an extension only has to be loaded."""
-    return (extensions_folder(settings) / name / f"{name}.so").is_file()
+    folder = extensions_folder(settings)
+    return all((folder / part / f"{part}.so").is_file() for part in (name, *_LOADED_FIRST.get(name, ())))
 
 
 def prepare_extensions(settings: DeepSpeedConfig) -> None:
@@ -114,11 +119,28 @@ def _remove_stale_locks(folder: Path, built: bool) -> None:
         lock.unlink(missing_ok=True)
 
 
+_BUILD = """
+import ctypes, os, signal, sys
+def end(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.killpg(0, signal.SIGTERM)
+signal.signal(signal.SIGTERM, end)
+set_parent_death_signal = 1
+ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+if os.getppid() != int(sys.argv[2]):
+    sys.exit(1)
+from deepspeed.ops import op_builder
+getattr(op_builder, sys.argv[1])().load(verbose=False)
+"""
+"""The build and its compilers end with whoever asked for it: the next one, seeing the guard free, would build into the
+same folder at the same time. Compilers are in process groups of their own, which only ninja knows and ends, if it is
+asked and not killed."""
+
+
 def _build(name: str, folder: Path, minutes: float) -> None:
     print(f"compiling DeepSpeed's {name} extension into {folder}: once, it takes a minute or two ...", file=sys.stderr)
-    code = f"from deepspeed.ops.op_builder import {_BUILDERS[name]} as Builder; Builder().load(verbose=False)"
     process = subprocess.Popen(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", _BUILD, _BUILDERS[name], str(os.getpid())],
         env={**os.environ, "TORCH_EXTENSIONS_DIR": str(folder)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -128,8 +150,12 @@ def _build(name: str, folder: Path, minutes: float) -> None:
     try:
         output, _ = process.communicate(timeout=minutes * 60)
     except BaseException as error:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.terminate()
+        try:
+            process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         (folder / name / "lock").unlink(missing_ok=True)
         if not isinstance(error, subprocess.TimeoutExpired):
             raise

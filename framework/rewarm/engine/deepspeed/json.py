@@ -7,18 +7,12 @@ change it silently (``gradient_clipping``, for one, is 1.0 when it is left out o
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from rewarm.config.deepspeed import DeepSpeedConfig
 from rewarm.config.run import RunConfig
+from rewarm.engine.deepspeed.json_file import merge, read_user_file
 from rewarm.errors import UserError
-
-_OURS = {
-    "optimizer": "the optimizer section of the run",
-    "scheduler": "the schedule section of the run",
-}
-"""Keys of DeepSpeed that have no place in the file, and what stands for them."""
 
 
 def deepspeed_json(config: RunConfig, data_parallel_size: int) -> dict[str, Any]:
@@ -43,7 +37,12 @@ def deepspeed_json(config: RunConfig, data_parallel_size: int) -> dict[str, Any]
         "gradient_predivide_factor": 1.0,
         "communication_data_type": "fp32",
         "seq_parallel_communication_data_type": "fp32",
-        "data_types": {"grad_accum_dtype": "fp32"},
+        "data_types": {
+            "grad_accum_dtype": "fp32",
+            "param_dtype": None,
+            "buffer_dtype": None,
+            "keep_in_fp32_modules": "auto",
+        },
         "fp16": {"enabled": False},
         "bf16": {
             "enabled": half,
@@ -56,12 +55,11 @@ def deepspeed_json(config: RunConfig, data_parallel_size: int) -> dict[str, Any]
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": _zero(settings),
-        "wall_clock_breakdown": False,
     }
-    if config.parallel.tensor == 1:
-        # DeepSpeed would multiply it by the tensor ranks, and check that.
+    if config.parallel.model_ranks == 1:
+        # DeepSpeed would multiply it by the tensor or context ranks, and check that.
         values["train_batch_size"] = batch.global_batch_size
-    else:
+    if config.parallel.tensor > 1:
         values["tensor_parallel"] = {
             "autotp_size": config.parallel.tensor,
             "tp_overlap_comm": False,
@@ -70,6 +68,13 @@ def deepspeed_json(config: RunConfig, data_parallel_size: int) -> dict[str, Any]
         }
     if settings.json_file is not None:
         values = merge(values, read_user_file(settings.json_file), settings.json_file)
+        moved = [key for key in ("offload_optimizer", "offload_param") if key in values["zero_optimization"]]
+        if config.offload.mode != "none" and moved:
+            raise UserError(
+                f"deepspeed.json_file={settings.json_file} sets zero_optimization.{moved[0]}, and "
+                f"offload.mode={config.offload.mode} moves the same state",
+                fix="remove it from the file, or set offload.mode=none",
+            )
     return values
 
 
@@ -104,6 +109,9 @@ def _zero(settings: DeepSpeedConfig) -> dict[str, Any]:
         "zero_quantized_nontrainable_weights": False,
         "zero_quantized_gradients": False,
         "zero_hpz_partition_size": 1,
+        "use_multi_rank_bucket_allreduce": True,
+        "legacy_stage1": False,
+        "parameter_alignment": False,
     }
     if stage in (1, 2):
         zero["compute_grad_norm"] = True
@@ -114,6 +122,8 @@ def _zero(settings: DeepSpeedConfig) -> dict[str, Any]:
             "stage3_prefetch_bucket_size": settings.bucket_size // 4,
             "stage3_max_live_parameters": 1_000_000_000,
             "stage3_max_reuse_distance": 1_000_000_000,
+            "stage3_use_all_reduce_for_fetch_params": False,
+            "memory_efficient_linear": True,
         }
     if settings.offload_optimizer != "none":
         zero["offload_optimizer"] = _offload(settings.offload_optimizer, settings.nvme_path) | {
@@ -129,59 +139,3 @@ def _zero(settings: DeepSpeedConfig) -> dict[str, Any]:
 def _offload(device: str, nvme_path: str | None) -> dict[str, Any]:
     values: dict[str, Any] = {"device": device, "pin_memory": True}
     return values | {"nvme_path": nvme_path} if device == "nvme" else values
-
-
-def read_user_file(path: str) -> dict[str, Any]:
-    """The user's DeepSpeed JSON.
-
-    Raises:
-        UserError: if it cannot be read or is not a JSON object.
-    """
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"deepspeed.json_file={path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"deepspeed.json_file={path} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"deepspeed.json_file={path} holds {type(values).__name__}, not an object")
-    for key, ours in _OURS.items():
-        if key in values:
-            raise UserError(
-                f"deepspeed.json_file={path} sets {key}, which would be ignored: {ours} decides it",
-                fix=f"remove {key} from the file",
-            )
-    return values
-
-
-def merge(values: dict[str, Any], user: dict[str, Any], source: str, prefix: str = "") -> dict[str, Any]:
-    """The generated values with those of the user added.
-
-    Args:
-        values: generated.
-        user: the user's; ``"auto"`` stands for whatever is generated.
-        source: the user's file, for messages.
-        prefix: of the keys, when nested.
-
-    Raises:
-        UserError: at the first key that both set to different values.
-    """
-    merged = dict(values)
-    for key, value in user.items():
-        name = f"{prefix}{key}"
-        if key not in values:
-            if value == "auto":
-                raise UserError(
-                    f'deepspeed.json_file={source} leaves {name} to "auto", but nothing here stands for it',
-                    fix=f"give {name} a value or remove it",
-                )
-            merged[key] = value
-        elif isinstance(value, dict) and isinstance(values[key], dict):
-            merged[key] = merge(values[key], value, source, f"{name}.")
-        elif value not in ("auto", values[key]):
-            raise UserError(
-                f"deepspeed.json_file={source} has {name}={json.dumps(value)}, but the run's settings give "
-                f"{json.dumps(values[key])}",
-                fix="change one of the two, or remove the key from the file",
-            )
-    return merged

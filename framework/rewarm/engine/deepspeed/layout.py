@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from rewarm.config.deepspeed import DeepSpeedConfig
 from rewarm.config.run import RunConfig
 from rewarm.engine.deepspeed.extensions import check_compiler
-from rewarm.engine.deepspeed.json import read_user_file
+from rewarm.engine.deepspeed.json import deepspeed_json
+from rewarm.engine.deepspeed.swap import check_folder
 from rewarm.errors import UserError
 from rewarm.model.description import HuggingFaceModel
 
@@ -22,16 +26,73 @@ def check_model(config: RunConfig, model: HuggingFaceModel) -> None:
             f"max_position_embeddings={longest}",
             fix=f"set batch.sequence_length to at most {longest}",
         )
-    if model.code_folder is None and config.deepspeed.trust_remote_code:
-        raise UserError(
-            "deepspeed.trust_remote_code=true, but the model brings no code of its own",
-            fix="remove deepspeed.trust_remote_code",
-        )
+    check_code(config.deepspeed, model)
     if config.parallel.tensor > 1:
         _check_tensor_parallel(config.parallel.tensor, model)
-    if config.deepspeed.json_file is not None:
-        read_user_file(config.deepspeed.json_file)
+    if config.parallel.context > 1:
+        _check_context(config, model)
+    check_folder(config.deepspeed)
     check_compiler(config.deepspeed)
+
+
+def check_code(settings: DeepSpeedConfig, model: HuggingFaceModel) -> None:
+    """Refuse to run, or to be asked to run, Python files of the model where that does not fit.
+
+    Raises:
+        UserError: naming the folder and the setting.
+    """
+    if model.code_folder is None:
+        if settings.trust_remote_code:
+            raise UserError(
+                "deepspeed.trust_remote_code=true, but the model brings no code of its own",
+                fix="remove deepspeed.trust_remote_code",
+            )
+        return
+    if not settings.trust_remote_code:
+        from transformers import CONFIG_MAPPING
+
+        if model.model_type not in CONFIG_MAPPING:
+            raise UserError(
+                f"the {model.model_type!r} model in {model.code_folder} brings Python files of its own, which are not "
+                "run unless asked for",
+                fix="read them, then set deepspeed.trust_remote_code=true",
+            )
+    elif not Path(model.code_folder).is_dir():
+        raise UserError(
+            f"the Python files of the {model.model_type!r} model were in {model.code_folder}, which is gone",
+            fix="put the folder back",
+        )
+
+
+def check_file(config: RunConfig, data_parallel_size: int) -> None:
+    """Refuse a user's DeepSpeed JSON that contradicts the run's settings.
+
+    Raises:
+        UserError: naming the key and both values.
+    """
+    if config.deepspeed.json_file is not None:
+        deepspeed_json(config, data_parallel_size)
+
+
+def _check_context(config: RunConfig, model: HuggingFaceModel) -> None:
+    """Refuse attention over less than the whole sequence, and positions that depend on the longest one seen."""
+    values = model.config
+    found = None
+    window = values.get("sliding_window")
+    if isinstance(window, int) and values.get("use_sliding_window", True) and window < config.batch.sequence_length:
+        found = f"sliding_window={window}"
+    for kind in values.get("layer_types") or []:
+        if kind != "full_attention":
+            found = f"{kind} layers"
+    rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
+    if rope.get("rope_type", rope.get("type")) in ("dynamic", "longrope"):
+        found = f"{rope.get('rope_type', rope.get('type'))} rotary positions"
+    if found is not None:
+        raise UserError(
+            f"parallel.context={config.parallel.context} is not possible for this {model.model_type} model: it has "
+            f"{found}, which a part of a sequence would get wrong",
+            fix="set parallel.context=1",
+        )
 
 
 def _check_tensor_parallel(tensor: int, model: HuggingFaceModel) -> None:

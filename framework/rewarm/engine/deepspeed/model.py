@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 from rewarm.config.deepspeed import DeepSpeedConfig
 from rewarm.config.run import RunConfig
 from rewarm.engine import device
+from rewarm.engine.deepspeed.layout import check_code
 from rewarm.errors import UserError
 from rewarm.model.description import HuggingFaceModel
 from rewarm.model.reference import quiet_transformers
@@ -25,6 +25,7 @@ def load_config(model: HuggingFaceModel, settings: DeepSpeedConfig) -> Any:
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
+    check_code(settings, model)
     values = {key: value for key, value in model.config.items() if key not in ("transformers_version",)}
     if model.model_type in CONFIG_MAPPING and not (settings.trust_remote_code and model.code_folder):
         values.pop("auto_map", None)
@@ -36,17 +37,6 @@ def load_config(model: HuggingFaceModel, settings: DeepSpeedConfig) -> Any:
         raise UserError(
             f"transformers {_version()} knows no model_type {model.model_type!r}",
             fix="install a newer transformers, or name another model",
-        )
-    if not settings.trust_remote_code:
-        raise UserError(
-            f"the {model.model_type!r} model in {model.code_folder} brings Python files of its own, which are not run "
-            "unless asked for",
-            fix="read them, then set deepspeed.trust_remote_code=true",
-        )
-    if not Path(model.code_folder).is_dir():
-        raise UserError(
-            f"the Python files of the {model.model_type!r} model were in {model.code_folder}, which is gone",
-            fix="put the folder back",
         )
     return AutoConfig.from_pretrained(model.code_folder, trust_remote_code=True, local_files_only=True)
 
@@ -88,6 +78,7 @@ def build_model(config: RunConfig, model: HuggingFaceModel, deepspeed: Any, valu
             raise UserError(f"transformers cannot build this {model.model_type} model: {reason}") from error
     built.tie_weights()  # which belongs to the initialisation that was left out
     built.config.use_cache = False
+    _train_every_embedding(built)
     if config.activation_recomputation == "full":
         if not getattr(built, "supports_gradient_checkpointing", False):
             raise UserError(
@@ -100,6 +91,16 @@ def build_model(config: RunConfig, model: HuggingFaceModel, deepspeed: Any, valu
     if settings.zero_stage == 3 and config.parallel.tensor == 1:
         _cut(built, deepspeed, values)
     return built.train()
+
+
+def _train_every_embedding(model: Any) -> None:
+    """Let the padding token's embedding have a gradient, which transformers withholds.
+
+    Windows hold no padding: where that token occurs it is text, most often the end of one, in models that pad with it.
+    """
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, nn.Embedding):
+        embedding.padding_idx = None
 
 
 def _cut(module: nn.Module, deepspeed: Any, values: dict[str, Any]) -> None:

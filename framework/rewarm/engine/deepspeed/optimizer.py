@@ -9,13 +9,13 @@ from torch import nn
 
 from rewarm.config.run import RunConfig
 from rewarm.engine.deepspeed.shards import local_shape
+from rewarm.engine.deepspeed.update import KernelAdamW, OffloadedStep
 
 
 def build_optimizer(config: RunConfig, module: nn.Module) -> torch.optim.Optimizer:
     """AdamW or gradient descent over the model's parameters; norms and biases are not decayed.
 
-    torch's fused kernel runs on the CPU as fast as DeepSpeed's CPU Adam and needs no compiler, so that one is used
-    only where DeepSpeed insists on it.
+    DeepSpeed's CPU Adam is used only where DeepSpeed insists on it.
     """
     settings = config.optimizer
     parameters = list(module.parameters())
@@ -32,7 +32,8 @@ def build_optimizer(config: RunConfig, module: nn.Module) -> torch.optim.Optimiz
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, adamw_mode=True, fp32_optimizer_states=True, **options)
-    return torch.optim.AdamW(groups, fused=True, **options)
+    kind = KernelAdamW if config.offload.mode == "none" else OffloadedStep
+    return kind(groups, fused=True, **options)
 
 
 def set_learning_rate(wrapper: Any, learning_rate: float) -> None:

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-WEIGHT = "weight"
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from rewarm.config.offload import OffloadConfig
+from rewarm.engine.deepspeed.update import OffloadedStep
+from rewarm.engine.portable import MOMENTS, WEIGHT
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,15 @@ class Partitions(ABC):
     def weights_changed(self) -> None:
         """Take the fp32 parameters over into the model. Collective."""
 
+    def offload(self, settings: OffloadConfig) -> None:
+        """Hand the optimizer's state to the run's offload section. Collective."""
+        assert isinstance(self.inner, OffloadedStep)
+        self.inner.attach(settings, self._flats, self._take_over)
+
+    @abstractmethod
+    def _take_over(self) -> None:
+        """Copy this rank's fp32 parameters into the model's, as DeepSpeed does after each piece of the update."""
+
     @property
     @abstractmethod
     def _flats(self) -> list[Tensor]:
@@ -82,7 +92,8 @@ class Partitions(ABC):
         if not self.has_moments:
             return
         for flat in self._flats:
-            self._state(flat)["step"] = steps if self._counts_in_integers else torch.tensor(float(steps))
+            state = self.inner.state[flat] if isinstance(self.inner, OffloadedStep) else self._state(flat)
+            state["step"] = steps if self._counts_in_integers else torch.tensor(float(steps))
 
     @property
     def _counts_in_integers(self) -> bool:
@@ -98,16 +109,32 @@ class Partitions(ABC):
             state["step"] = 0 if self._counts_in_integers else torch.tensor(0.0)
         return state
 
-    def _views(self, flat: Tensor, start: int, length: int, moments: bool) -> dict[str, Tensor]:
-        views = {WEIGHT: flat.detach().narrow(0, start, length)}
-        if moments and self.has_moments:
-            state = self._state(flat)
-            views |= {key: state[key].narrow(0, start, length) for key in MOMENTS}
-        return views
+    def _lend(
+        self, name: str, start: int, flat: Tensor, offset: int, length: int, *, moments: bool, write: bool
+    ) -> Iterator[Fragment]:
+        """A fragment that lies in a flat tensor from an offset on; offloaded state is put back after it was used."""
+        views = {WEIGHT: flat.detach().view(-1).narrow(0, offset, length)}
+        if not isinstance(self.inner, OffloadedStep):
+            if moments and self.has_moments:
+                state = self._state(flat)
+                views |= {key: state[key].view(-1).narrow(0, offset, length) for key in MOMENTS}
+            yield Fragment(name, start, views)
+            return
+        assert self.inner.offload is not None and self.inner.offload.inner is not None
+        offloaded, place = self.inner.offload.inner, self.inner.place_of(flat)
+        _, *held = offloaded.read(place, offset, offset + length)
+        if moments:
+            views |= dict(zip(MOMENTS, held, strict=True))
+        yield Fragment(name, start, views)
+        if write:
+            offloaded.write(place, views[WEIGHT], held[0], held[1], start=offset)
 
 
 class Replicated(Partitions):
     """Stage 0: every data-parallel rank holds everything."""
+
+    def _take_over(self) -> None:
+        """See :meth:`Partitions._take_over`: they are the model's."""
 
     @property
     def _flats(self) -> list[Tensor]:
@@ -130,11 +157,7 @@ class Replicated(Partitions):
             start, length = (0, parameter.numel()) if write else spans.get(name, (0, 0))
             if not length:
                 continue
-            whole = {WEIGHT: parameter.detach().view(-1)}
-            if moments and self.has_moments:
-                state = self._state(parameter)
-                whole |= {key: state[key].view(-1) for key in MOMENTS}
-            yield Fragment(name, start, {key: value.narrow(0, start, length) for key, value in whole.items()})
+            yield from self._lend(name, start, parameter, start, length, moments=moments, write=write)
 
     def weights_changed(self) -> None:
         """See :meth:`Partitions.weights_changed`: the fp32 parameters are the model's."""
@@ -147,6 +170,12 @@ class Flat(Partitions):
     def _flats(self) -> list[Tensor]:
         found = getattr(self.wrapper, "single_partition_of_fp32_groups", None)
         return list(self.wrapper.fp32_groups_flat_partition if found is None else found)
+
+    def _take_over(self) -> None:
+        """See :meth:`Partitions._take_over`; DeepSpeed's own optimizer for bfloat16 does it after all pieces."""
+        for i, parts in enumerate(getattr(self.wrapper, "parallel_partitioned_bit16_groups", [])):
+            rank = torch.distributed.get_rank(group=self.wrapper.real_dp_process_group[i])
+            parts[rank].data.copy_(self._flats[i].data)
 
     def _owned(self) -> Iterator[tuple[str, Any]]:
         for name, parameter in self.module.named_parameters():
@@ -163,8 +192,8 @@ class Flat(Partitions):
         flats = self._flats
         for name, mapping in self._owned():
             place = mapping.hp_fragment_address
-            views = self._views(flats[mapping.param_group_index], place.start, place.numel, moments)
-            yield Fragment(name, mapping.lp_fragment_address.start, views)
+            flat, start = flats[mapping.param_group_index], mapping.lp_fragment_address.start
+            yield from self._lend(name, start, flat, place.start, place.numel, moments=moments, write=write)
 
     def weights_changed(self) -> None:
         """See :meth:`Partitions.weights_changed`."""
@@ -177,6 +206,11 @@ class Sharded(Partitions):
     @property
     def _flats(self) -> list[Tensor]:
         return list(self.wrapper.fp32_partitioned_groups_flat)
+
+    def _take_over(self) -> None:
+        """See :meth:`Partitions._take_over`."""
+        for ours, theirs in zip(self.wrapper.fp16_partitioned_groups_flat, self._flats, strict=True):
+            ours.data.copy_(theirs.data)
 
     def _span(self, parameter: Any) -> tuple[int, int]:
         share = parameter.partition_numel()
@@ -201,7 +235,8 @@ class Sharded(Partitions):
                     continue
                 _, offset, _ = wrapper.grad_position[wrapper.get_param_id(parameter)]
                 flat = wrapper.fp32_partitioned_groups_flat[index]
-                yield Fragment(self.names[id(parameter)], start, self._views(flat, offset, length, moments))
+                name = self.names[id(parameter)]
+                yield from self._lend(name, start, flat, offset, length, moments=moments, write=write)
             if swapped and write:
                 wrapper._optimizer_states_and_gradient_swap_out(index)
             elif swapped:

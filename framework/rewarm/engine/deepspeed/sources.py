@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from rewarm.errors import UserError
+from rewarm.model.initial import RandomTensors
 from rewarm.model.safetensors_io import TensorFolder
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -25,33 +25,18 @@ class Source(Protocol):
 
 
 class RandomWeights:
-    """Weights that depend on the seed and the parameter's name alone, so that every layout starts the same.
-
-    Matrices are normal with the model's ``initializer_range``; those that write to the residual stream are scaled by
-    1/sqrt(2 * num_hidden_layers) (Radford et al., 2019); norms are one and biases zero.
+    """Random weights of a model without parent.
 
     Args:
-        config: the model's config.json.
-        seed: of the run.
-        shapes: of every parameter.
+        tensors: draws them.
     """
 
-    _RESIDUAL = ("o_proj.weight", "down_proj.weight")
-
-    def __init__(self, config: Mapping[str, Any], seed: int, shapes: Shapes) -> None:
-        self._scale = float(config["initializer_range"])
-        self._layers = int(config["num_hidden_layers"])
-        self._seed, self._shapes = seed, shapes
+    def __init__(self, tensors: RandomTensors) -> None:
+        self._tensors = tensors
 
     def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
         """See :meth:`Source.read`."""
-        shape = self._shapes[name]
-        if len(shape) == 1:
-            return torch.full((stop - start,), 0.0 if name.endswith("bias") else 1.0)
-        scale = self._scale / math.sqrt(2 * self._layers) if name.endswith(self._RESIDUAL) else self._scale
-        digest = hashlib.blake2b(f"{self._seed} {name}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-        return torch.empty(math.prod(shape)).normal_(0.0, scale, generator=generator)[start:stop]
+        return self._tensors.draw(name).reshape(-1)[start:stop]
 
 
 class HuggingFaceWeights:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,7 +50,7 @@ class MegatronEngine(Engine):
         else:
             clear_padding(self.chunks, architecture)
         self._wrapped = self._wrap(self.chunks)
-        self._optimizer = Optimizer(config.optimizer, self._wrapped, self._decoder.bf16)
+        self._optimizer = Optimizer(config.optimizer, self._wrapped, self._decoder.bf16, config.offload)
 
     def _join_parallel_groups(self) -> None:
         parallel = self.config.parallel
@@ -97,8 +98,10 @@ class MegatronEngine(Engine):
 
     def dry_run(self, batch: Batch) -> None:
         """See :meth:`Engine.dry_run`."""
-        state = self.rng_state()
+        state, started = self.rng_state(), time.perf_counter()
         self._forward_backward(batch)
+        device.synchronize()
+        self._optimizer.rehearsed(time.perf_counter() - started)
         for chunk in self._wrapped:
             chunk.zero_grad_buffer()
         self.set_rng_state(state)
@@ -112,7 +115,8 @@ class MegatronEngine(Engine):
             total = self._sum(counts.sum() * np.float64(self._reports))
         for chunk in self._wrapped:
             chunk.zero_grad_buffer()
-        batches = schedule.split(batch.tokens, batch.loss_mask, self.config.batch.micro_batch_size)
+        size = self.config.batch.micro_batch_size
+        batches = schedule.split(batch.tokens, batch.loss_mask, size, batch.loss_weights)
         losses = schedule.train(self._wrapped, batches, max(1, int(total)))
         measured: np.ndarray = np.zeros((2, self._num_domains))
         if self._reports:
@@ -223,6 +227,18 @@ class MegatronEngine(Engine):
             replace=replace,
         )
 
+    def save_portable(self, folder: Path) -> None:
+        """See :meth:`Engine.save_portable`."""
+        from rewarm.engine.megatron.portable import save_portable
+
+        save_portable(folder, self.architecture, self.chunks, self._optimizer)
+
+    def load_portable(self, folder: Path) -> None:
+        """See :meth:`Engine.load_portable`."""
+        from rewarm.engine.megatron.portable import load_portable
+
+        load_portable(folder, self.architecture, self.chunks, self._optimizer)
+
     def rng_state(self) -> Any:
         """See :meth:`Engine.rng_state`."""
         return {"device": device.rng_state(), "tracker": tensor_parallel.get_cuda_rng_tracker().get_states()}
@@ -254,6 +270,7 @@ class MegatronEngine(Engine):
 
     def close(self) -> None:
         """See :meth:`Engine.close`."""
+        self._optimizer.close()
         parallel_state.destroy_model_parallel()
         if dist.is_initialized():
             dist.destroy_process_group()

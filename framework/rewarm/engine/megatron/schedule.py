@@ -25,15 +25,22 @@ class MicroBatch:
     """int64 [B, S]; None asks for logits."""
     mask: Tensor | None
     """bool [B, S], or None for every target."""
+    weights: Tensor | None = None
+    """float64 [B], factors of the windows in the objective, or None for 1."""
 
 
-def split(tokens: np.ndarray, mask: np.ndarray | None, micro_batch_size: int) -> list[MicroBatch]:
+def split(
+    tokens: np.ndarray, mask: np.ndarray | None, micro_batch_size: int, weights: np.ndarray | None = None
+) -> list[MicroBatch]:
     """Cut windows [B, S + 1] into micro-batches; B is a multiple of ``micro_batch_size``."""
     place = device.local_device()
     windows = torch.from_numpy(tokens).to(place)
     inputs, labels = windows[:, :-1].split(micro_batch_size), windows[:, 1:].split(micro_batch_size)
-    masks = [None] * len(inputs) if mask is None else torch.from_numpy(mask).to(place).split(micro_batch_size)
-    return [MicroBatch(*parts) for parts in zip(inputs, labels, masks, strict=True)]
+    masks, factors = (
+        [None] * len(inputs) if values is None else torch.from_numpy(values).to(place).split(micro_batch_size)
+        for values in (mask, weights)
+    )
+    return [MicroBatch(*parts) for parts in zip(inputs, labels, masks, factors, strict=True)]
 
 
 def _forward_step(
@@ -73,15 +80,16 @@ def window_losses(losses: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def train(chunks: Sequence[nn.Module], batches: Sequence[MicroBatch], num_tokens: int) -> list[Tensor]:
-    """Forward and backward; gradients are of the loss sum divided by ``num_tokens``. Collective.
+    """Forward and backward; gradients are of the weighted loss sum divided by ``num_tokens``. Collective.
 
     Returns:
-        Loss sums of the windows of each micro-batch, float64 [B]; empty unless on the last pipeline stage.
+        Loss sums of the windows of each micro-batch, float64 [B], unweighted; empty unless on the last pipeline stage.
     """
 
     def finish(batch: MicroBatch, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         sums = window_losses(losses, batch.mask)
-        return sums.sum() / num_tokens, _no_tokens(losses.device), sums.detach()
+        weighted = sums if batch.weights is None else sums * batch.weights
+        return weighted.sum() / num_tokens, _no_tokens(losses.device), sums.detach()
 
     return _run(chunks, batches, finish, forward_only=False)
 

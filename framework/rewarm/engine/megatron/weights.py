@@ -18,14 +18,23 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from rewarm.engine import ranks
 from rewarm.errors import UserError
 from rewarm.model.architecture import Architecture
 from rewarm.model.files import carry_files, written_aside
 from rewarm.model.huggingface import config_for_huggingface
-from rewarm.model.safetensors_io import TensorFolder, TensorWriter
-from rewarm.model.tensors import EMBEDDING, FINAL_NORM, OUTPUT, layer_prefix, open_weights, tensor_shapes
+from rewarm.model.safetensors_io import TensorWriter
+from rewarm.model.tensors import (
+    EMBEDDING,
+    FINAL_NORM,
+    OUTPUT,
+    TensorReader,
+    layer_prefix,
+    open_weights,
+    tensor_shapes,
+)
 
 _T = TypeVar("_T")
 _DISK = "check the permissions and the free space"
@@ -50,7 +59,7 @@ _LAYER: dict[str, tuple[_Split, tuple[str, ...]]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class Place:
     """What one Megatron parameter is made of, and how it is cut over the tensor ranks."""
 
     split: _Split
@@ -71,14 +80,23 @@ def import_weights(chunks: Sequence[torch.nn.Module], architecture: Architecture
     Raises:
         UserError: the same on every rank, if the folder's tensors are not exactly the architecture's.
     """
-    from megatron.core import parallel_state
+    with open_weights(folder, architecture) as weights:
+        fill_weights(chunks, architecture, weights)
 
+
+def fill_weights(chunks: Sequence[torch.nn.Module], architecture: Architecture, weights: TensorReader) -> None:
+    """Fill live Megatron chunks from Hugging Face tensors, as :func:`import_weights` does. No collective.
+
+    Args:
+        chunks: as for :func:`import_weights`.
+        architecture: what they were built from.
+        weights: has every tensor of the architecture.
+    """
     rank = parallel_state.get_tensor_model_parallel_rank()
-    size = parallel_state.get_tensor_model_parallel_world_size()
     filled: set[str] = set()
-    with open_weights(folder, architecture) as weights, torch.no_grad():
-        for place, parameter in _places(chunks, architecture):
-            shard = _read_shard(weights, place, parameter, architecture, rank, size)
+    with torch.no_grad():
+        for place, parameter in places(chunks, architecture):
+            shard = read_shard(weights, place, parameter, architecture, rank)
             assert shard.shape == parameter.shape, (place.names, tuple(shard.shape), tuple(parameter.shape))
             parameter.copy_(shard)
             filled.update(place.names)
@@ -203,16 +221,14 @@ def _stream(
     chunks: Sequence[torch.nn.Module], architecture: Architecture, folder: Path, dtype: torch.dtype
 ) -> str | None:
     """Bring every parameter to rank 0 and write it there; returns what went wrong with the files, if anything."""
-    from megatron.core import parallel_state
-
-    local = {place: parameter.detach() for place, parameter in _places(chunks, architecture)}
+    local = {place: parameter.detach() for place, parameter in places(chunks, architecture)}
     pipeline = parallel_state.get_pipeline_model_parallel_group()
     stages: list[Any] = [None] * dist.get_world_size(pipeline)
     dist.all_gather_object(stages, [(place, _whole_shape(place, p)) for place, p in local.items()], group=pipeline)
     some = next(iter(local.values()))
     sink, seen = _Sink(architecture, folder, dtype), set()
-    for stage, places in enumerate(stages):
-        for place, shape in places:
+    for stage, held in enumerate(stages):
+        for place, shape in held:
             if place.names in seen:  # the last stage's copy of a tied embedding
                 continue
             seen.add(place.names)
@@ -220,14 +236,12 @@ def _stream(
             if stage > 0:
                 whole = _send_to_first_stage(whole, stage, shape, some)
             if whole is not None:
-                sink.write(place.names, _take_apart(whole, place, architecture))
+                sink.write(place.names, take_apart(whole, place, architecture))
     return sink.close()
 
 
-def _gather(parameter: torch.Tensor, place: _Place) -> torch.Tensor | None:
+def _gather(parameter: torch.Tensor, place: Place) -> torch.Tensor | None:
     """The shards of all tensor ranks as one parameter, on the first of them; None on the others."""
-    from megatron.core import parallel_state
-
     group = parallel_state.get_tensor_model_parallel_group()
     leads = dist.get_rank(group) == 0
     if place.split == "whole" or dist.get_world_size(group) == 1:
@@ -242,9 +256,7 @@ def _gather(parameter: torch.Tensor, place: _Place) -> torch.Tensor | None:
     return torch.cat(shards, dim=1 if place.split == "columns" else 0)
 
 
-def _whole_shape(place: _Place, parameter: torch.Tensor) -> tuple[int, ...]:
-    from megatron.core import parallel_state
-
+def _whole_shape(place: Place, parameter: torch.Tensor) -> tuple[int, ...]:
     size = parallel_state.get_tensor_model_parallel_world_size()
     shape = tuple(parameter.shape)
     if place.split == "whole":
@@ -256,8 +268,6 @@ def _send_to_first_stage(
     whole: torch.Tensor | None, stage: int, shape: tuple[int, ...], like: torch.Tensor
 ) -> torch.Tensor | None:
     """Move a gathered parameter of a later stage to rank 0; None on every other rank."""
-    from megatron.core import parallel_state
-
     if parallel_state.get_tensor_model_parallel_rank() != 0:
         return None
     group = parallel_state.get_pipeline_model_parallel_group()
@@ -272,7 +282,7 @@ def _send_to_first_stage(
     return received
 
 
-def _take_apart(whole: torch.Tensor, place: _Place, architecture: Architecture) -> list[torch.Tensor]:
+def take_apart(whole: torch.Tensor, place: Place, architecture: Architecture) -> list[torch.Tensor]:
     """A whole Megatron parameter as the Hugging Face tensors it is made of."""
     if place.split == "vocabulary":
         return [whole[: architecture.vocab_size]]
@@ -286,13 +296,12 @@ def _take_apart(whole: torch.Tensor, place: _Place, architecture: Architecture) 
     return [whole]
 
 
-def _read_shard(
-    weights: TensorFolder,
-    place: _Place,
+def read_shard(
+    weights: TensorReader,
+    place: Place,
     parameter: torch.Tensor,
     architecture: Architecture,
     rank: int,
-    size: int,
 ) -> torch.Tensor:
     """One tensor rank's shard of a parameter, [as the parameter], in the type it is stored in."""
     if place.split == "whole":
@@ -312,7 +321,7 @@ def _read_shard(
     return torch.cat([read, read.new_zeros(rows - (stop - start), read.shape[1])])
 
 
-def _read_qkv(weights: TensorFolder, place: _Place, rows: int, architecture: Architecture, rank: int) -> torch.Tensor:
+def _read_qkv(weights: TensorReader, place: Place, rows: int, architecture: Architecture, rank: int) -> torch.Tensor:
     """Rows ``[rank * rows, (rank + 1) * rows)`` of query, key and value interleaved by group.
 
     With more tensor ranks than groups a shard ends inside a group; then the groups it touches are read.
@@ -330,27 +339,25 @@ def _read_qkv(weights: TensorFolder, place: _Place, rows: int, architecture: Arc
     return joined[start : start + rows]
 
 
-def _places(
-    chunks: Sequence[torch.nn.Module], architecture: Architecture
-) -> Iterator[tuple[_Place, torch.nn.Parameter]]:
+def places(chunks: Sequence[torch.nn.Module], architecture: Architecture) -> Iterator[tuple[Place, torch.nn.Parameter]]:
     """Every local parameter with what it is made of."""
     for chunk in _unwrapped(chunks):
         for name, parameter in chunk.named_parameters():
             yield _place(chunk, name, architecture), parameter
 
 
-def _place(chunk: Any, name: str, architecture: Architecture) -> _Place:
+def _place(chunk: Any, name: str, architecture: Architecture) -> Place:
     if name == "embedding.word_embeddings.weight":
-        return _Place("vocabulary", (EMBEDDING,))
+        return Place("vocabulary", (EMBEDDING,))
     if name == "output_layer.weight":
-        return _Place("vocabulary", (EMBEDDING if architecture.tie_embeddings else OUTPUT,))
+        return Place("vocabulary", (EMBEDDING if architecture.tie_embeddings else OUTPUT,))
     if name == "decoder.final_layernorm.weight":
-        return _Place("whole", (FINAL_NORM,))
+        return Place("whole", (FINAL_NORM,))
     match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
     assert match is not None and match.group(2) in _LAYER, f"no Hugging Face tensor is known for parameter {name}"
     split, names = _LAYER[match.group(2)]
     prefix = layer_prefix(chunk.decoder.layers[int(match.group(1))].layer_number - 1)
-    return _Place(split, tuple(prefix + part for part in names))
+    return Place(split, tuple(prefix + part for part in names))
 
 
 def _local_names(chunks: Sequence[torch.nn.Module], architecture: Architecture) -> set[str]:
@@ -376,6 +383,4 @@ def _unwrapped(chunks: Sequence[torch.nn.Module]) -> list[Any]:
 
 def _in_first_replica() -> bool:
     """True on the ranks of the one model copy that is exported."""
-    from megatron.core import parallel_state
-
     return parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0

@@ -50,6 +50,8 @@ class Mixer(ABC):
     name: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
     """Fields of :class:`Observation` that an update reads; empty for a mixer that is never updated."""
+    steers_objective: ClassVar[bool] = False
+    """True if its weights are shares of the loss, while the samples keep theirs."""
 
     def __init__(self, names: Sequence[str], weights: np.ndarray) -> None:
         self.names = list(names)

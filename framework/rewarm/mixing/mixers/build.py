@@ -10,6 +10,8 @@ import numpy as np
 
 from rewarm.config.mixture import (
     ADOConfig,
+    AioliConfig,
+    DoReMiConfig,
     DynamicBatchLoadingConfig,
     MixtureConfig,
     ODMConfig,
@@ -18,7 +20,9 @@ from rewarm.config.mixture import (
 )
 from rewarm.errors import UserError
 from rewarm.mixing.mixers.ado import ADOMixer
+from rewarm.mixing.mixers.aioli import AioliRounds
 from rewarm.mixing.mixers.base import Mixer, by_domain
+from rewarm.mixing.mixers.doremi import DoReMiMixer
 from rewarm.mixing.mixers.dynamic_batch_loading import DynamicBatchLoadingMixer
 from rewarm.mixing.mixers.fixed import StaticMixer
 from rewarm.mixing.mixers.odm import ODMMixer
@@ -27,7 +31,11 @@ from rewarm.mixing.mixers.velocitune import VelocituneMixer
 
 
 def build_mixer(
-    mixture: MixtureConfig, names: Sequence[str], weights: np.ndarray, steps: Callable[[str], int]
+    mixture: MixtureConfig,
+    names: Sequence[str],
+    weights: np.ndarray,
+    steps: Callable[[str], int],
+    reference: Callable[[str], Mapping[str, float]] = lambda place: {},
 ) -> Mixer:
     """The mixer of a stage's new domains.
 
@@ -36,6 +44,7 @@ def build_mixer(
         names: the new domains.
         weights: float64 [K], the fractions that the stage starts with.
         steps: a duration in whole steps of the stage.
+        reference: losses of the reference model that a path names, by domain.
 
     Raises:
         UserError: if a setting names a domain that does not exist, or a file of targets cannot be read.
@@ -50,6 +59,10 @@ def build_mixer(
     if isinstance(settings, DynamicBatchLoadingConfig):
         targets = by_domain(load_targets(settings.targets), names, "mixture.dynamic_batch_loading.targets")
         return DynamicBatchLoadingMixer(names, weights, targets, step_size=settings.step_size, floor=settings.floor)
+    if isinstance(settings, DoReMiConfig):
+        given = settings.reference
+        losses = by_domain(reference(given) if isinstance(given, str) else given, names, "mixture.doremi.reference")
+        return DoReMiMixer(names, weights, losses, step_size=settings.step_size, floor=settings.floor)
     if isinstance(settings, ODMConfig):
         return ODMMixer(names, weights, decay=settings.decay, warmup=steps(settings.warmup))
     if isinstance(settings, ADOConfig):
@@ -61,7 +74,24 @@ def build_mixer(
     if isinstance(settings, SkillItConfig):
         graph = graph_matrix(settings.graph, names)
         return SkillItMixer(names, weights, graph, step_size=settings.step_size, memory=settings.memory)
+    if isinstance(settings, AioliConfig):
+        return AioliRounds(names, weights, **settings.model_dump())
     return StaticMixer(names, weights)
+
+
+def with_targets(mixture: MixtureConfig) -> MixtureConfig:
+    """The section with a file of targets replaced by what it says.
+
+    A run keeps the numbers, not the name of the file: changed between two resumes it is another stage.
+
+    Raises:
+        UserError: as :func:`load_targets`.
+    """
+    settings = mixture.settings
+    if not isinstance(settings, VelocituneConfig | DynamicBatchLoadingConfig):
+        return mixture
+    resolved = settings.model_copy(update={"targets": load_targets(settings.targets)})
+    return mixture.model_copy(update={mixture.mixer: resolved})
 
 
 def load_targets(targets: Mapping[str, float] | str) -> dict[str, float]:
@@ -94,5 +124,8 @@ def graph_matrix(graph: Mapping[str, Mapping[str, float]], names: Sequence[str])
     rows = {name: dict(graph.get(name, {})) for name in names}
     unknown = sorted((set(graph) | {to for row in graph.values() for to in row}) - set(names))
     if unknown:
-        raise UserError(f"the graph of skill_it names {unknown[0]!r}, which is not one of {', '.join(names)}")
+        raise UserError(
+            f"the graph of skill_it names {unknown[0]!r}, which is not one of {', '.join(names)}",
+            fix="use the names of the new domains",
+        )
     return np.array([[float(rows[a].get(b, 0.0)) for b in names] for a in names])

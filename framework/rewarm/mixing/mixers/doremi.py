@@ -14,11 +14,11 @@ class DoReMiMixer(Mixer):
     """Xie et al., "DoReMi: Optimizing Data Mixtures Speeds Up Language Model Pretraining", 2023.
 
     ``w <- w * exp(step_size * max(l - l_reference, 0))``, normalised, then a floor; the result is the *mean* of the
-    weights over all updates. In the paper the maximum is taken per token of the proxy's training batch, and the proxy
-    samples at the reference weights while its loss is weighted; here it is taken of the losses observed. A domain that
-    was not observed (NaN) keeps its last excess.
+    weights over all updates. They weight the loss: in a run the samples keep their shares. In the paper the maximum is
+    taken per token of the proxy's training batch, at every step; here it is taken of the losses observed, at every
+    evaluation. A domain that was not observed (NaN) keeps its last excess.
 
-    Cost per update: the losses of proxy and reference. State: weights, sum of weights, count, last excess.
+    Cost per update: the losses of proxy and reference. State: weights, their sum, count, last excess, reference.
 
     Args:
         names: K domains.
@@ -30,6 +30,7 @@ class DoReMiMixer(Mixer):
 
     name = "doremi"
     needs = ("losses",)
+    steers_objective = True
 
     def __init__(
         self,
@@ -63,8 +64,13 @@ class DoReMiMixer(Mixer):
         return {"average": self._by_name(self.average)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, their sum and count, and the last excess."""
-        own = {"sum": self._sum.tolist(), "count": self._count, "excess": self._excess.tolist()}
+        """Weights, their sum and count, the last excess, and the losses of the reference."""
+        own = {
+            "sum": self._sum.tolist(),
+            "count": self._count,
+            "excess": self._excess.tolist(),
+            "reference": self.reference.tolist(),
+        }
         return super().state_dict() | own
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -72,3 +78,5 @@ class DoReMiMixer(Mixer):
         super().load_state_dict(state)
         self._sum, self._count = np.array(state["sum"], dtype=np.float64), int(state["count"])
         self._excess = np.array(state["excess"], dtype=np.float64)
+        # Whatever became of the reference's files since: the run goes on against what it began with.
+        self.reference = np.array(state["reference"], dtype=np.float64)

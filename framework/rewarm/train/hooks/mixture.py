@@ -46,7 +46,7 @@ class MixtureHook(Hook):
         if is_due and self._controller.last_step < run.step and at_sample < self._total_samples:
             change = run.engine.broadcast(self._propose(run, at_sample) if run.engine.is_main else None)
             if change is not None:
-                run.feed.schedule_weights(*self._controller.commit(change, self._log))
+                run.feed.schedule(self._controller.commit(change, self._log))
                 run.tracker.message(f"weights from sample {at_sample}: {change.entry.reason}")
         run.extra_state["mixture"] = self._controller.state_dict()
 

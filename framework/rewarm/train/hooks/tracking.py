@@ -50,4 +50,5 @@ class TrackingHook(Hook):
             loss_sums=self._loss_sums.tolist(),
             token_counts=self._counts.tolist(),
             weights=(record.fed.weights / TOTAL).tolist(),
+            objective=None if record.fed.objective is None else record.fed.objective.tolist(),
         )

@@ -13,7 +13,8 @@ import pytest
 
 from rewarm.config.load import build
 from rewarm.config.run import RunConfig
-from rewarm.engine.deepspeed.json import deepspeed_json, merge
+from rewarm.engine.deepspeed.json import deepspeed_json
+from rewarm.engine.deepspeed.json_file import ADDABLE, merge
 from rewarm.errors import UserError
 
 
@@ -56,11 +57,41 @@ def test_deepspeed_reads_back_what_was_meant(stage: int, offload: str) -> None:
 def test_every_top_level_key_is_one_that_deepspeed_reads() -> None:
     import deepspeed.runtime.config as source
 
-    text = Path(source.__file__).read_text() + Path(source.__file__).with_name("constants.py").read_text()
-    for name in ("precision_config.py", "tensor_parallel/config.py"):
-        text += Path(source.__file__).parent.joinpath(name).read_text()
-    for key in deepspeed_json(config(parallel={"tensor": 2}), 1):
-        assert f'"{key}"' in text or f"'{key}'" in text, key
+    runtime = Path(source.__file__).parent
+    files = [
+        "config.py",
+        "constants.py",
+        "precision_config.py",
+        "tensor_parallel/config.py",
+        "swap_tensor/constants.py",
+    ]
+    files += [f"../{name}" for name in ("monitor/config.py", "profiling/constants.py", "utils/config.py")]
+    files += ["../comm/constants.py"]
+    text = "".join(runtime.joinpath(name).read_text() for name in files)
+    for key in [*deepspeed_json(config(parallel={"tensor": 2}), 1), *ADDABLE]:
+        assert f'"{key}"' in text or f"'{key}'" in text or f"{key}: " in text, key
+
+
+HARMLESS = {
+    "cpu_offload", "cpu_offload_param", "cpu_offload_use_pin_memory",  # deprecated, refused in a user's file
+    "stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save",
+    "save_muon_momentum_buffer_in_memory", "pipeline_loading_checkpoint",  # of checkpoints that are not written here
+    "stage3_model_persistence_threshold", "stage3_module_granularity_threshold", "stage3_allgather_sequential",
+    "leaf_module", "override_module_apply",  # when and where something is fetched, not what is computed
+    "log_trace_cache_warnings", "enable_sanity_checks",
+}  # fmt: skip
+
+
+def test_no_default_of_zero_that_could_change_training_is_left_out() -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    given: set[str] = set()
+    for stage in (1, 3):
+        settings = {"zero_stage": stage, "offload_optimizer": "cpu"}
+        settings |= {"offload_parameters": "cpu"} if stage == 3 else {}
+        given |= set(deepspeed_json(config(deepspeed=settings), 1)["zero_optimization"])
+    known = {info.alias or name for name, info in DeepSpeedZeroConfig.model_fields.items()}
+    assert known - given == HARMLESS
 
 
 def test_generating_needs_no_torch_and_no_deepspeed() -> None:
@@ -90,9 +121,14 @@ def test_users_file_adds_keys_and_repeats_values(tmp_path: Path) -> None:
     ("user", "words"),
     [
         ({"gradient_clipping": 0.3}, ["gradient_clipping=0.3", "1.0"]),
+        ({"gradient_cliping": 0.3}, ["gradient_cliping", "did you mean gradient_clipping"]),
+        ({"compression_training": {}}, ["compression_training", "no effect"]),
+        ({"tensor_parallel": {"autotp_size": 2}}, ["tensor_parallel", "parallel.tensor"]),
+        ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, ["deepspeed.offload_parameters decides"]),
+        ({"zero_optimization": {"sub_group_size": 1000}}, ["deepspeed.sub_group_size decides"]),
         ({"zero_optimization": {"stage": 3}}, ["zero_optimization.stage=3", "1"]),
         ({"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}}, ["zenflow"]),
-        ({"optimizer": {"type": "Adam"}}, ["optimizer"]),
+        ({"optimizer": {"type": "Adam"}}, ["optimizer", "optimizer section"]),
         ({"flops_profiler": "auto"}, ["flops_profiler", "auto"]),
     ],
 )

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import pytest
 from rewarm.config.deepspeed import DeepSpeedConfig
 from rewarm.config.load import build
 from rewarm.engine.deepspeed import extensions
+from rewarm.engine.deepspeed.swap import SwapFolder
 from rewarm.engine.layout import check_layout
 from rewarm.errors import UserError
 from rewarm.model.description import HuggingFaceModel
@@ -30,7 +34,12 @@ def values(**settings: Any) -> dict[str, Any]:
     ("settings", "words"),
     [
         ({"parallel": {"pipeline": 2}}, ["parallel.pipeline=2", "engine=deepspeed", "engine=megatron"]),
+        ({"parallel": {"pipeline": 2}, "deepspeed": {"zero_stage": 3}}, ["parallel.pipeline=2", "engine=megatron"]),
         ({"parallel": {"tensor": 2, "sequence": True}}, ["parallel.sequence=true", "engine=megatron"]),
+        ({"engine": "megatron", "parallel": {"context": 2}}, ["parallel.context=2", "engine=megatron"]),
+        ({"parallel": {"context": 2, "tensor": 2}}, ["parallel.context=2", "parallel.tensor=2"]),
+        ({"parallel": {"context": 3}}, ["sequence_length=256", "parallel.context=3"]),
+        ({"parallel": {"context": 2}, "deepspeed": {"attention": "eager"}}, ["attention=eager", "sdpa"]),
         ({"precision": "bfloat16", "deepspeed": {"zero_stage": 0}}, ["bfloat16", "zero_stage", "1 or more"]),
         ({"megatron": {"attention": "local"}}, ["megatron.attention=local", "engine=deepspeed"]),
         ({"engine": "megatron", "deepspeed": {"zero_stage": 2}}, ["deepspeed.zero_stage=2", "engine=megatron"]),
@@ -66,6 +75,23 @@ def test_heads_that_do_not_divide() -> None:
     assert "num_attention_heads=4" in refused(LLAMA, 3, parallel={"tensor": 3})
 
 
+@pytest.mark.parametrize(
+    ("more", "word"),
+    [
+        ({"sliding_window": 128}, "sliding_window=128"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "linear_attention layers"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic rotary positions"),
+    ],
+)
+def test_models_whose_sequences_cannot_be_split(more: dict[str, Any], word: str) -> None:
+    model = HuggingFaceModel({**LLAMA.config, **more})
+    message = refused(model, 2, parallel={"context": 2})
+    assert "parallel.context=2" in message
+    assert word in message
+    allowed = HuggingFaceModel({**LLAMA.config, "sliding_window": 128, "use_sliding_window": False})
+    assert check_layout(build(values(parallel={"context": 2})), allowed, 4).data == 2
+
+
 def test_sequence_longer_than_the_model_can() -> None:
     message = refused(LLAMA, batch={"sequence_length": 1024})
     assert "batch.sequence_length=1024" in message
@@ -77,11 +103,10 @@ def test_trusting_code_that_is_not_there() -> None:
 
 
 def test_code_of_the_model_is_not_run_unasked(tmp_path: Path) -> None:
-    from rewarm.engine.deepspeed.model import load_config
-
-    model = HuggingFaceModel({"model_type": "homegrown", "auto_map": {}, "vocab_size": 8}, str(tmp_path))
-    with pytest.raises(UserError, match="trust_remote_code=true"):
-        load_config(model, DeepSpeedConfig())
+    own = {"model_type": "homegrown", "auto_map": {}, "vocab_size": 8}
+    assert "deepspeed.trust_remote_code=true" in refused(HuggingFaceModel(own, str(tmp_path)))
+    gone = HuggingFaceModel(own, str(tmp_path / "gone"))
+    assert "which is gone" in refused(gone, deepspeed={"trust_remote_code": True})
 
 
 def test_unknown_model_type() -> None:
@@ -105,15 +130,88 @@ def test_missing_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     extensions.check_compiler(DeepSpeedConfig(zero_stage=3, offload_optimizer="cpu"))  # needs none
 
 
-def test_slow_compiler_is_stopped_and_leaves_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler = tmp_path / "slow-compiler"
-    compiler.write_text("#!/bin/sh\nsleep 1000\n")
+def test_missing_compiler_in_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for settings in ({}, {"offload_ratio": 1.0, "offload_optimizer": "nvme", "nvme_path": str(tmp_path)}):
+        model = {"zero_stage": 3, "offload_optimizer": "cpu", "offload_ratio": 0.5, "extensions_folder": str(tmp_path)}
+        message = refused(LLAMA, deepspeed=model | settings)
+        assert "no c++ here" in message
+        assert "install g++" in message
+
+
+def test_folder_for_nvme_that_cannot_be_written(tmp_path: Path) -> None:
+    settings = {"zero_stage": 3, "offload_optimizer": "nvme"}
+    message = refused(LLAMA, deepspeed=settings | {"nvme_path": str(tmp_path / "missing")})
+    assert f"nvme_path={tmp_path / 'missing'} cannot be written: No such file or directory" in message
+    assert "cannot be written" in refused(LLAMA, deepspeed=settings | {"nvme_path": "/proc"})
+
+
+def test_file_that_contradicts_is_refused_before_the_ranks_start(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text('{"gradient_accumulation_steps": 3}')
+    message = refused(LLAMA, 2, deepspeed={"json_file": str(path)})
+    assert "gradient_accumulation_steps=3, but the run's settings give 4" in message
+
+
+def test_swap_folders_of_two_processes(tmp_path: Path) -> None:
+    left = tmp_path / "rewarm-left"
+    left.mkdir()
+    (left / "lock").touch()
+    values: dict[str, Any] = {
+        "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": str(tmp_path)}}
+    }
+    first, second = SwapFolder(str(tmp_path)), SwapFolder(str(tmp_path))
+    assert not left.exists()
+    assert first.path.is_dir()
+    assert first.path != second.path
+    assert first.use(values)["zero_optimization"]["offload_optimizer"]["nvme_path"] == str(first.path)
+    assert values["zero_optimization"]["offload_optimizer"]["nvme_path"] == str(tmp_path)
+    first.close()
+    second.close()
+    assert not list(tmp_path.glob("rewarm-*"))
+
+
+def slow_compiler(folder: Path) -> Path:
+    """A compiler that writes down its process and then takes for ever."""
+    compiler = folder / "slow-compiler"
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *" -c "*) echo $$ >> {folder}/compiling; exec sleep 1000;; esac\n')
     compiler.chmod(compiler.stat().st_mode | stat.S_IEXEC)
-    monkeypatch.setenv("CXX", str(compiler))
+    return compiler
+
+
+def test_build_ends_with_whoever_asked_for_it(tmp_path: Path) -> None:
+    """Left alone its compilers would go on beside the next build's, in the same folder."""
+    code = (
+        "import sys; from rewarm.config.deepspeed import DeepSpeedConfig as C;"
+        "from rewarm.engine.deepspeed.extensions import prepare_extensions as prepare;"
+        "prepare(C(zero_stage=3, offload_optimizer='cpu', offload_ratio=0.5, extensions_folder=sys.argv[1]))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    environment["CXX"] = str(slow_compiler(tmp_path))
+    asking = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=environment, stderr=subprocess.PIPE)
+    wait_for((tmp_path / "compiling").exists)
+    assert asking.stderr is not None
+    asking.kill()
+    assert b"compiling DeepSpeed's cpu_adam extension" in asking.stderr.read()
+    asking.wait()
+    for number in (tmp_path / "compiling").read_text().split():
+        wait_for(lambda compiler=Path("/proc", number): not compiler.exists())  # type: ignore[misc]
+
+
+def wait_for(reached: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 200
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_slow_compiler_is_stopped_and_leaves_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", str(slow_compiler(tmp_path)))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "unused")
     monkeypatch.setenv("PATH", os.environ["PATH"])
-    settings = twin_flow(tmp_path / "built", build_timeout=0.2)
-    with pytest.raises(UserError, match="build_timeout=0.2"):
+    settings = twin_flow(tmp_path / "built", build_timeout=0.05)
+    with pytest.raises(UserError, match="build_timeout=0.05"):
         extensions.prepare_extensions(settings)
     assert not list(tmp_path.glob("built/*/*/lock"))
 

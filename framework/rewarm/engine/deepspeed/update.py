@@ -1,0 +1,92 @@
+"""AdamW as DeepSpeed's client optimizer: the project's kernel, with its state where the run wants it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rewarm.config.offload import OffloadConfig
+from rewarm.engine.offload import Offload
+from rewarm.engine.portable import MOMENTS
+from rewarm.offload import adamw
+from rewarm.offload.execute import GroupStep
+
+
+class KernelAdamW(torch.optim.AdamW):
+    """torch's AdamW with the arithmetic of :mod:`rewarm.offload.adamw`, so that a run has the same bits with its
+    state offloaded and without; on a GPU without the compiled kernel it is torch's."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Update every parameter that has a gradient."""
+        owned = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not all(adamw.runs_on(parameter.device) for _, parameter in owned):
+            super().step()
+            return
+        for group, parameter in owned:
+            state = self.state[parameter]
+            for name in MOMENTS:
+                if name not in state:
+                    state[name] = torch.zeros_like(parameter)
+            state["step"] = state.get("step", torch.tensor(0.0)) + 1
+            constants = GroupStep.of(group).constants(int(state["step"]))
+            tensors = (parameter, *(state[name] for name in MOMENTS), parameter.grad)
+            adamw.update(constants, *(tensor.detach().view(-1) for tensor in tensors))
+
+
+class OffloadedStep(KernelAdamW):
+    """The same with the moments, and a second fp32 copy of what DeepSpeed hands it, under the offload section.
+
+    DeepSpeed updates one piece of the parameters after the other, and takes each over into the model at once. The
+    pieces are only noted here, until the last one has come and all can be updated in one pipeline.
+    """
+
+    offload: Offload | None = None
+
+    def attach(self, settings: OffloadConfig, flats: Sequence[Tensor], take_over: Callable[[], None]) -> None:
+        """Hand the pieces over. Collective.
+
+        Args:
+            settings: the run's offload section.
+            flats: all fp32 tensors that DeepSpeed updates on this rank.
+            take_over: copies all of them into the model's own parameters.
+        """
+        self._places = {id(flat): i for i, flat in enumerate(flats)}
+        self._noted: dict[int, tuple[Tensor, GroupStep]] = {}
+        self._take_over = take_over
+        for flat in flats:
+            self.state[flat]["step"] = torch.tensor(0.0)
+        self.offload = Offload(
+            settings,
+            [f"piece {i}" for i in range(len(flats))],
+            [flat.detach().view(-1) for flat in flats],
+            range(len(flats)),
+            gradient_type=torch.float32,
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Note the pieces that have come; with the last one, update all."""
+        assert self.offload is not None
+        number = 0
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                assert parameter.grad is not None, "a parameter took no part in the step"
+                place = self.place_of(parameter)
+                self._noted[place] = parameter.grad.detach().view(-1), GroupStep.of(group)
+                self.state[parameter]["step"] += 1
+                number = int(self.state[parameter]["step"])
+        if len(self._noted) < len(self._places):
+            return
+        noted = [self._noted[place] for place in range(len(self._places))]
+        self._noted = {}
+        # Each piece is a group of its own: DeepSpeed may show its groups one at a time.
+        self.offload.step(number, [gradient for gradient, _ in noted], [settings for _, settings in noted])
+        self._take_over()
+
+    def place_of(self, flat: Tensor) -> int:
+        """Index of a piece in the offloaded state."""
+        return self._places[id(flat)]

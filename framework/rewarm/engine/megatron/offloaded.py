@@ -1,0 +1,116 @@
+"""Megatron-Core's distributed optimizer with the state of its shards under the run's offload section.
+
+The checkpoint is that of the plain optimizer: both read and set a shard's main parameter and moments through the same
+two methods, which here go to wherever the state rests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+
+from rewarm.config.offload import OffloadConfig
+from rewarm.engine.megatron.update import GroupStepAdamW
+from rewarm.engine.offload import Offload
+from rewarm.engine.portable import MOMENTS
+from rewarm.offload.execute import GroupStep
+
+
+@dataclass(frozen=True, slots=True)
+class _Owned:
+    """This rank's shard of a parameter."""
+
+    parameter: Tensor
+    """The model's, whole."""
+    shard: Tensor
+    """Flat view of this rank's part of it."""
+    main: Tensor
+    """What the inner optimizer holds in its groups: the shard itself in fp32, else its fp32 copy."""
+    group: int
+
+
+class OffloadedAdamWStep(GroupStepAdamW):
+    """AdamW whose moments, and fp32 parameters where the model's are 16 bits, are not torch's to hold."""
+
+    offload: Offload
+    owned: list[_Owned]
+
+    def allocate(self) -> None:
+        """Mark every parameter as having state, so that nothing is allocated for it at a load."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter] = {}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Update every shard where its state rests."""
+        for group in self.param_groups:
+            group["step"] += 1
+        gradients = [each.main.grad for each in self.owned]
+        groups = [GroupStep.of(group) for group in self.param_groups]
+        self.offload.step(self.param_groups[0]["step"], gradients, groups, self.grad_scale)
+
+
+class OffloadedOptimizer(DistributedOptimizer):
+    """The distributed optimizer around an :class:`OffloadedAdamWStep`."""
+
+    optimizer: OffloadedAdamWStep
+
+    def attach(self, settings: OffloadConfig, names: Mapping[int, str]) -> None:
+        """Hand this rank's shards over. Collective.
+
+        Args:
+            settings: the run's offload section.
+            names: of the model's parameters by ``id``.
+        """
+        owned = self._owned_shards()
+        self._places = {each.parameter: i for i, each in enumerate(owned)}
+        self.optimizer.owned = owned
+        self.optimizer.offload = Offload(
+            settings,
+            [names[id(each.parameter)] for each in owned],
+            [each.shard for each in owned],
+            [each.group for each in owned],
+            gradient_type=torch.float32,
+        )
+        for each in owned:
+            if each.main.dtype != each.shard.dtype:
+                # Its shape and its gradient are still asked for, its values are elsewhere now.
+                each.main.untyped_storage().resize_(0)
+
+    def _owned_shards(self) -> list[_Owned]:
+        """In the order of the forward pass: buffers hold the parameters of a chunk from the last to the first."""
+        found = []
+        for ranges in self.gbuf_ranges:
+            parameters = [p for buckets in ranges.values() for bucket in buckets for p in bucket["param_map"]]
+            for parameter in reversed(parameters):
+                group, place = self.model_param_group_index_map[parameter]
+                span = self._get_model_param_range_map(parameter)["param"]
+                shard = parameter.detach().view(-1)[span.start : span.end]
+                found.append(_Owned(parameter, shard, self.optimizer.param_groups[group]["params"][place], group))
+        return found
+
+    def _get_main_param_and_optimizer_states(self, model_param: Tensor) -> dict[str, Tensor]:
+        values = self._state.read(self._places[model_param])
+        return dict(zip(("param", *MOMENTS), values, strict=True))
+
+    def _set_main_param_and_optimizer_states(self, model_param: Tensor, tensors: dict[str, Tensor]) -> None:
+        self._state.write(self._places[model_param], *(tensors[name] for name in ("param", *MOMENTS)))
+
+    def _copy_main_params_to_model_params(self) -> None:
+        """The update has written the model's parameters already."""
+
+    def _copy_model_params_to_main_params(self, state_dict: Any = None) -> None:
+        assert state_dict is None
+        for i, each in enumerate(self.optimizer.owned):
+            _, *moments = self._state.read(i)
+            self._state.write(i, each.shard, *moments)
+
+    @property
+    def _state(self) -> Any:
+        return self.optimizer.offload.inner

@@ -1,0 +1,1 @@
+"""What a job will need before it runs: descriptions of clusters, predicted memory. No torch, no ranks."""

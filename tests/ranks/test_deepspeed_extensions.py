@@ -1,0 +1,73 @@
+"""What needs DeepSpeed's compiled extensions: TwinFlow and NVMe follow plain torch, and so do their checkpoints.
+
+The extensions take minutes to compile, so the tests run where that has been done:
+``python scripts/deepspeed_extensions.py``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ranks import deepspeed_workers as workers
+from ranks.deepspeed_models import deepspeed_config, plain_steps, write_model
+from ranks.harness import run_ranks
+from rewarm.config.deepspeed import DeepSpeedConfig
+from rewarm.engine.deepspeed.extensions import is_built
+
+STAGE3: dict[str, Any] = {"zero_stage": 3, "sub_group_size": 5000, "persistence_threshold": 0}
+
+
+def settings(case: str, nvme: Path) -> dict[str, Any]:
+    on_nvme = {"offload_optimizer": "nvme", "nvme_path": str(nvme)}
+    kinds: dict[str, dict[str, Any]] = {
+        "TwinFlow": {"offload_optimizer": "cpu", "offload_ratio": 0.5},
+        "optimizer on NVMe": on_nvme,
+        "optimizer and parameters on NVMe": {**on_nvme, "offload_parameters": "nvme"},
+        "neither": {},
+    }
+    return {"deepspeed": {**STAGE3, **kinds[case]}}
+
+
+def need(extension: str) -> None:
+    if not is_built(extension, DeepSpeedConfig()):
+        pytest.skip(f"{extension} is not compiled here: python scripts/deepspeed_extensions.py {extension}")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model("llama", tmp_path_factory.mktemp("model"))
+
+
+def follow(model: Path, nvme: Path, cases: list[str]) -> None:
+    """Train each case, save it after three steps, go on for three, and load it under the others and without offload."""
+    plain = [(loss, norm) for loss, norm, _ in plain_steps(model, deepspeed_config(model), 6)]
+    target = nvme / "saved"
+    target.mkdir()
+    chosen = [settings(case, nvme) for case in cases]
+    saved = run_ranks(workers.save_all, 2, model, chosen, target, timeout=280.0)[0]
+    for case, steps in zip(cases, saved, strict=True):
+        for ours, (loss, norm) in zip(steps, plain[3:], strict=True):
+            assert ours.loss == pytest.approx(loss, abs=1e-6), case
+            assert ours.grad_norm == pytest.approx(norm, rel=1e-6), case
+    paths = [target / str(number) for number in range(len(cases))]
+    other = [*chosen, settings("neither", nvme)]
+    loaded = run_ranks(workers.load_all, 2, model, other, [paths] * len(other), timeout=280.0)[0]
+    for name, found in zip([*cases, "neither"], loaded, strict=True):
+        for case, went_on, steps in zip(cases, saved, found, strict=True):
+            for ours, theirs in zip(steps, went_on, strict=True):
+                assert ours.loss == pytest.approx(theirs.loss, abs=1e-6), (case, name)
+                assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-6), (case, name)
+    assert not list(nvme.glob("rewarm-*")), "files were left on the disk"
+
+
+def test_twin_flow(model: Path, tmp_path: Path) -> None:
+    need("cpu_adam")
+    follow(model, tmp_path, ["TwinFlow", "neither"])
+
+
+def test_nvme(model: Path, tmp_path: Path) -> None:
+    need("async_io")
+    follow(model, tmp_path, ["optimizer on NVMe", "optimizer and parameters on NVMe", "neither"])

@@ -1,0 +1,63 @@
+"""Runs whose optimizer state is elsewhere, through the command line."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from rewarm.cli.offload import app
+from rewarm.offload.profile import Profile
+from system.conftest import Workplace
+from system.test_resume import kill_after_line
+
+Lines = list[dict[str, Any]]
+SMALL = "offload.subgroup_size=4096"
+
+
+def test_killed_with_its_state_on_a_drive_and_resumed_elsewhere_is_the_unbroken_plain_run(
+    unbroken: Workplace, workplace: Workplace, without_timing: Callable[[Lines], Lines], disk: Path
+) -> None:
+    step = random.randint(4, 10)
+    print(f"killed after step {step}")
+    kill_after_line(workplace, step, "offload.mode=nvme", f"offload.nvme_paths=[{disk}]", SMALL)
+    assert not list(disk.iterdir())  # nothing is left behind, and nothing stale could be trusted
+    # Another placement, then none; a checkpoint is that of the plain optimizer.
+    workplace.run("train", "continue.yaml", "offload.mode=deep_optimizer_states", SMALL, "stop_at=11 steps")
+    workplace.run("train", "continue.yaml")
+    assert without_timing(workplace.lines("continue")) == without_timing(unbroken.lines("continue"))
+    assert workplace.lines("continue", "evaluation.jsonl") == unbroken.lines("continue", "evaluation.jsonl")
+    log = (workplace.folder / "runs" / "continue" / "logs" / "rank-0.log").read_text()
+    for routes in ("100% nvme_cpu", "50% streamed, 50% cpu"):
+        assert routes in log, log
+
+
+def test_a_runs_own_file_is_profiled_placed_and_traced(
+    trained: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parameters, their number and the widths are those of the run: 4 + 12 bytes of fp32 per parameter."""
+    monkeypatch.chdir(trained.folder)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    rates = {"1048576": 1e6, "16777216": 1e6}
+    Profile("f", "a machine", 1e9, 1e9, 2e9, 8e9, rates, 1e6, rates, 8e9, 2e9, {}, 1.0).save(tmp_path / "p.json")
+
+    def invoke(*arguments: str) -> str:
+        return CliRunner().invoke(app, list(arguments), catch_exceptions=False).output
+
+    settings = ["base.yaml", "offload.mode=cpu", "offload.cpu_threads=1", f"offload.profile={tmp_path}/out.json"]
+    with pytest.raises(ValueError, match="offload.profile is ignored by offload.mode=cpu"):
+        invoke("profile", *settings)
+    settings[-1] = "offload.stand_in=0.5"
+    output = invoke("profile", *settings, "--seconds", "0.5", "-o", str(tmp_path / "out.json"))
+    assert "1 threads" in output and "h2d 0.5" in output
+    place = json.loads(invoke("place", "base.yaml", "offload.mode=cpu", "--profile", f"{tmp_path}/p.json", "--json"))
+    layers = 4 * (32 * 64 + 32 * 32 + 3 * 32 * 64 + 2 * 32)
+    parameters = layers + 2 * 300 * 32 + 32
+    assert place["seconds"] == pytest.approx(parameters / 1e6, rel=0.05)  # what the CPU's rate says
+    trace = ["-o", str(tmp_path / "t.json"), "--profile", f"{tmp_path}/p.json"]
+    assert "100% streamed" in invoke("trace", "base.yaml", "offload.mode=streamed", *trace)
