@@ -14,4 +14,5 @@ options=(--no_local_rank --master_port "${PORT:-29500}")
 [ -z "${HEAD:-}" ] || options+=(--master_addr "$HEAD")
 [ -z "${NODE:-}" ] || options+=(--no_ssh --node_rank "$NODE")
 [ -z "${RANKS:-}" ] || options+=(--num_gpus "$RANKS")
+case " $* " in *" --debug "*) ;; *) options+=(--quiet) ;; esac
 exec "${REWARM_PYTHON:-python3}" -m deepspeed.launcher.runner "${options[@]}" --module rewarm train "$@"

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 from rewarm.config.deepspeed import DeepSpeedConfig
 from rewarm.engine.deepspeed.extensions import is_built, prepare_extensions
 from rewarm.errors import UserError
 
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "cpu_adam": {"offload_optimizer": "cpu", "offload_ratio": 0.5},
     "async_io": {"offload_optimizer": "nvme", "nvme_path": "."},
 }

@@ -89,10 +89,12 @@ def run_trainer(done: Callable[[int], bool]) -> None:
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
     from rewarm.model.architecture import Architecture
-    from rewarm.model.description import from_scratch
+    from rewarm.model.description import HuggingFaceModel, from_scratch
 
     architecture = Architecture.from_config(settings("megatron", "").model, SHAPE["vocab_size"])
-    values = from_scratch(architecture, "deepspeed", "float32").config
+    description = from_scratch(architecture, "deepspeed", "float32")
+    assert isinstance(description, HuggingFaceModel)
+    values = description.config
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[values["model_type"]].from_dict(values))
     model.config.use_cache = False
 

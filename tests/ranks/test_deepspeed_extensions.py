@@ -22,7 +22,7 @@ STAGE3: dict[str, Any] = {"zero_stage": 3, "sub_group_size": 5000, "persistence_
 
 def settings(case: str, nvme: Path) -> dict[str, Any]:
     on_nvme = {"offload_optimizer": "nvme", "nvme_path": str(nvme)}
-    kinds = {
+    kinds: dict[str, dict[str, Any]] = {
         "TwinFlow": {"offload_optimizer": "cpu", "offload_ratio": 0.5},
         "optimizer on NVMe": on_nvme,
         "optimizer and parameters on NVMe": {**on_nvme, "offload_parameters": "nvme"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,18 +46,21 @@ def test_evaluation_rehearsal_and_bad_gradients(folders: dict[str, Path]) -> Non
     folder = folders["llama"]
     tokens = np.concatenate([global_batch(step).tokens for step in (50, 51)])[:11]
     expected = window_losses(folder, tokens, 3)
-    cases = [{"deepspeed": {"zero_stage": stage}} for stage in range(4)]
-    cases += [{"deepspeed": {"zero_stage": stage, "offload_optimizer": "cpu"}} for stage in (2, 3)]
+    offloaded = [{"deepspeed": {"zero_stage": stage, "offload_optimizer": "cpu"}} for stage in (1, 2, 3)]
+    cases: list[dict[str, Any]] = [{"deepspeed": {"zero_stage": stage}} for stage in range(4)] + offloaded[1:]
+    cases += [{**case, "precision": "bfloat16"} for case in [*cases[1:4], *offloaded]]
     loss, norm, model = next(plain_steps(folder, deepspeed_config(folder), 1))
     size = sum(parameter.numel() for parameter in model.parameters())
     for measured in run_ranks(workers.evaluate_all, 2, folder, cases, tokens, timeout=250.0):
         for case, found in zip(cases, measured, strict=True):
-            np.testing.assert_allclose(found["losses"], expected, rtol=1e-5, err_msg=str(case))
+            half = "precision" in case
+            np.testing.assert_allclose(found["losses"], expected, rtol=1e-3 if half else 1e-5, err_msg=str(case))
             np.testing.assert_array_equal(found["losses"], found["after"], err_msg=str(case))
             assert found["random"], case
             assert found["skipped"].skipped, case
             assert not np.isfinite(found["skipped"].grad_norm), case
             assert found["parameters"] == size
             # Neither the rehearsal nor the dropped gradient is left in the next step.
-            assert found["first"].loss == pytest.approx(loss, abs=1e-6), case
-            assert found["first"].grad_norm == pytest.approx(norm, rel=1e-6), case
+            assert not found["first"].skipped, case
+            assert found["first"].loss == pytest.approx(loss, abs=2e-3 if half else 1e-6), case
+            assert found["first"].grad_norm == pytest.approx(norm, rel=1e-2 if half else 1e-6), case

@@ -89,7 +89,13 @@ def transformers_loss(folder: Path, domain: Path) -> float:
         return float(model.eval()(input_ids=windows, labels=windows).loss)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+ALWAYS = ("gemma", "gpt_neox")
+"""What every run of the suite tries; the others are for -m slow."""
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(family, marks=() if family in ALWAYS else pytest.mark.slow) for family in FAMILIES]
+)
 def test_killed_resumed_elsewhere_and_exported(family: str, tmp_path: Path) -> None:
     """Base, continued with replay, killed, resumed on another rank count and ZeRO stage, exported."""
     place = prepare(tmp_path, family)

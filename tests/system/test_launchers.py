@@ -63,7 +63,7 @@ def test_two_ranks_of_another_launcher(place: Workplace, case: str, without_timi
         for machine in machines
     ]  # fmt: skip
     try:
-        outputs = [process.communicate(timeout=150)[0] for process in started]
+        outputs = [process.communicate(timeout=250)[0] for process in started]
     finally:
         for process in started:
             if process.poll() is None:

@@ -90,6 +90,31 @@ def test_doremi_weights_the_loss_against_a_run_and_hands_its_mean_on(workplace: 
     assert "evaluated with evaluation.windows_per_domain=6, this stage has 5" in " ".join(refused.split())
 
 
+def test_conditioning_costs_tokens_until_the_cooldown_and_leaves_the_samples(unbroken: Workplace) -> None:
+    """Stopped inside the conditioned part and resumed, on a domain with a prefix, one without, and a replayed one."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    backend = Tokenizer(models.WordLevel({str(number): number for number in range(300)}, unk_token="0"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    (unbroken.folder / "tokenizer").mkdir()
+    backend.save(str(unbroken.folder / "tokenizer" / "tokenizer.json"))
+    arguments = [
+        "continue.yaml", "name=conditioned", "tokenizer=tokenizer", "parallel.data=2",
+        'mixture.conditioning.prefixes={threes: "17 4 2"}', "mixture.conditioning.until=8 steps",
+    ]  # fmt: skip
+    unbroken.run("train", *arguments, "stop_at=5 steps")
+    unbroken.run("train", *arguments)
+    plain, found = unbroken.lines("continue"), unbroken.lines("conditioned")
+    assert [line["sample_hash"] for line in found] == [line["sample_hash"] for line in plain]
+    for one, other in zip(found, plain, strict=True):
+        fewer = {name: other["domains"][name]["tokens"] - one["domains"][name]["tokens"] for name in one["domains"]}
+        windows = other["domains"]["threes"]["tokens"] // 16
+        # Two targets at a window's start, three more for each document that begins inside.
+        assert fewer["threes"] >= 2 * windows if one["step"] <= 8 else fewer["threes"] == 0
+        assert fewer["sevens"] == fewer["counting"] == 0
+    assert found[0]["grad_norm"] != plain[0]["grad_norm"]
+
+
 def test_phases_and_their_plan_are_in_the_log_from_the_start(workplace: Workplace) -> None:
     phases = (
         "[{weights: {threes: 1, sevens: 3}, at: 50%}, {weights: {threes: 0, sevens: 1}, learning_rate_fraction: 0.2}]"

@@ -166,6 +166,27 @@ class AioliConfig(Section):
     """Share of the older rounds' measurements that each round keeps."""
 
 
+class ConditioningConfig(Section):
+    """Metadata conditioning, then cooldown (Gao et al. 2025): a text before each document of a domain, without loss of
+    its own, for the first part of the stage; plain windows for the rest, so that the model needs no text in front."""
+
+    prefixes: dict[str, str] = Field(min_length=1)
+    """Text by domain, as "source: wikipedia\\n\\n"; replayed domains may be named too. A domain that is left out is
+    always plain, and so is every evaluation. It stands at the start of each window and before each document that
+    begins in it; what it pushes beyond the window's end is not trained on in this pass over the domain."""
+    until: Duration | None = None
+    """Where in the stage the cooldown begins: steps, tokens or a percentage. Null means 90%, as in the paper, unless
+    ``until_learning_rate_fraction`` is set."""
+    until_learning_rate_fraction: float | None = Field(None, gt=0, lt=1)
+    """The cooldown begins when the learning rate has fallen to this fraction of the schedule's peak."""
+
+    @model_validator(mode="after")
+    def _check_trigger(self) -> ConditioningConfig:
+        if self.until is not None and self.until_learning_rate_fraction is not None:
+            raise ValueError("conditioning ends by until or by until_learning_rate_fraction: remove one of the two")
+        return self
+
+
 MIXER_SECTIONS: dict[str, type[Section]] = {
     "temperature": TemperatureConfig,
     "unimax": UniMaxConfig,
@@ -203,6 +224,8 @@ class MixtureConfig(Section):
     window counts (share of the objective) / (share of the samples) times. Any positive scale; the domains named here
     divide what they are sampled at together, a replayed one may be named too, and the others count once. Null means
     that every window counts once."""
+    conditioning: ConditioningConfig | None = None
+    """A text in front of each domain's documents for the first part of the stage; null means none."""
     temperature: TemperatureConfig | None = None
     """Settings of mixer temperature."""
     unimax: UniMaxConfig | None = None

@@ -71,5 +71,20 @@ class WindowReader:
             windows[row] = tokens[first : first + length + 1]
         return windows
 
+    def document_starts(self, window: int) -> list[int]:
+        """Places inside a window, above 0 and up to S, at which a document begins; found by binary search in the
+        file."""
+        first = self.start + window * self.sequence_length
+        places: list[int] = []
+        document = self.source.last_document_at_or_before(first) + 1
+        while document < self.source.num_documents:
+            place = self.source.document_start(document) - first
+            if place > self.sequence_length:
+                break
+            if place > 0 and place not in places[-1:]:  # an empty document begins where the next one does
+                places.append(place)
+            document += 1
+        return places
+
     def __reduce__(self) -> tuple[type[WindowReader], tuple[str, int, int, int]]:
         return WindowReader, (self.source.prefix, self.sequence_length, self.start, self.stop)

@@ -33,6 +33,9 @@ _Value = TypeVar("_Value")
 _RESERVE = 0.05
 """Part of the device's memory that is left alone: evaluation and fragmentation take more than a rehearsed step."""
 
+_MATTERS = 0.01
+"""Part of a step's time by which an update must miss its prediction before state is moved for it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Seat:
@@ -101,21 +104,22 @@ class Offload:
         self.share = self._share(seat)
         self._machine = self._measure()
         self._drift: Drift | None = None
-        self._late, self._steps = False, 0
+        self._late, self._steps, self._beside = False, 0, 0.0
         self._room = self._machine.device_free
         if self._open_ended:
             # Until a step was rehearsed, only the buffers that state passes through are counted on.
             buffers = float(STATE_BYTES * settings.slots * self.settings.subgroup_size)
             self._machine = replace(self._machine, device_free=min(self._room, buffers))
-        placement = self._choose(beside=0.0)
+        placement = self._choose()
         self.inner: OffloadedAdamW | None = None
+        self._pool = HostPool(pin=self._device.pins, limit=self._machine.host_free, node=self._device.node)
 
         def build() -> OffloadedAdamW | None:
             if layout is None:
                 return None
             self._check_kernels(placement)
             means = Means(
-                HostPool(pin=self._device.pins, limit=self._machine.host_free, node=self._device.node),
+                self._pool,
                 gradient_type,
                 [Path(path) for path in settings.nvme_paths],
                 self._drive_shares,
@@ -141,7 +145,9 @@ class Offload:
             return
         self._steps += 1
         if timeline is not None and self._drift is not None:
-            self._late |= self._drift.observe(timeline.seconds)
+            expected, seconds = self._drift.predicted, timeline.seconds
+            matters = abs(seconds - expected) > _MATTERS * self._beside
+            self._late |= self._drift.observe(seconds if matters else expected)
         # Every rank comes here in the same step, so that none waits for a decision of another in between.
         if self._steps % Drift.patience == 0 and ranks.any_rank(self._late):
             self._replan(timeline)
@@ -154,6 +160,7 @@ class Offload:
             seconds: of the forward and backward passes of one step.
             peak: most bytes that were allocated on the device in them; without a GPU it is not looked at.
         """
+        self._beside = seconds
         if self._open_ended:
             room = self._room
             if self._device.torch_device.type == "cuda":
@@ -163,7 +170,7 @@ class Offload:
                 room = max(0.0, (1 - _RESERVE) * total - others - peak + held)
                 room = min(ranks.gather(room)[rank] for rank in self._node)
             self._machine = replace(self._machine, device_free=room)
-            self._place(self._choose(beside=seconds))
+            self._place(self._choose())
         if self.inner is not None:
             log.info("optimizer state: %s, in %d subgroups", self.inner.placement.describe(), self._subgroups)
 
@@ -171,6 +178,7 @@ class Offload:
         """End the threads and give memory and files back. Not collective."""
         if self.inner is not None:
             self.inner.close()
+        self._pool.close()
 
     @property
     def _open_ended(self) -> bool:
@@ -235,19 +243,19 @@ class Offload:
         measured.save(path)
         return measured
 
-    def _choose(self, beside: float) -> Placement:
+    def _choose(self) -> Placement:
         """The placement of this rank's subgroups; under mode auto its node's first rank decides for all of them."""
         if self.settings.mode != "auto":
             count = self._subgroups
             return _together(lambda: choose(self.settings, self._machine, self._job) if count else Placement(()))
-        scored = self._decide(beside)
+        scored = self._decide()
         self._drift = Drift(scored.seconds)
         return stretched(scored.placement, self._subgroups)
 
-    def _decide(self, beside: float) -> Scored:
+    def _decide(self) -> Scored:
         job = replace(self._job, parameters=max(1, *(self._seats[rank].parameters for rank in self._node)))
         lead = self.share.index == 0
-        mine = _together(lambda: plan(self.settings, self._machine, job, beside) if lead else None)
+        mine = _together(lambda: plan(self.settings, self._machine, job, self._beside) if lead else None)
         scored: Scored = ranks.gather(mine)[self._node[0]]
         return scored
 
@@ -261,7 +269,7 @@ class Offload:
             name: min(getattr(machines[rank], name) for rank in self._node) for name in machine.as_dict()
         }  # the ranks of a node share what is slow
         self._machine = Machine(**slowest)
-        placement = self._choose(beside=0.0)
+        placement = self._choose()
         before = None if self.inner is None else self.inner.placement
         self._place(placement)
         measured = 0.0 if timeline is None else timeline.seconds

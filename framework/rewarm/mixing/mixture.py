@@ -7,7 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rewarm.config.mixture import MixtureConfig, PhaseConfig, ReplayConfig, TemperatureConfig, UniMaxConfig
+from rewarm.config.mixture import (
+    ConditioningConfig,
+    MixtureConfig,
+    PhaseConfig,
+    ReplayConfig,
+    TemperatureConfig,
+    UniMaxConfig,
+)
 from rewarm.errors import UserError
 from rewarm.mixing.mixers.fixed import temperature_weights, unimax_weights
 from rewarm.mixing.objective import objective_weights
@@ -136,16 +143,32 @@ def _begin(phase: PhaseConfig, number: int, clock: Clock) -> int:
     if phase.at is not None:
         return _inside(clock.steps(phase.at), clock, f"{where}.at={phase.at}")
     assert phase.learning_rate_fraction is not None
+    return _falls_to(phase.learning_rate_fraction, clock, where)
+
+
+def cooldown_sample(conditioning: ConditioningConfig, clock: Clock) -> int:
+    """Global sample index at which metadata conditioning ends.
+
+    Raises:
+        UserError: if its trigger lies outside the stage.
+    """
+    where, fraction = "mixture.conditioning", conditioning.until_learning_rate_fraction
+    if fraction is not None:
+        return _falls_to(fraction, clock, where) * clock.global_batch_size
+    until = conditioning.until or "90%"
+    return _inside(clock.steps(until), clock, f"{where}.until={until}") * clock.global_batch_size
+
+
+def _falls_to(fraction: float, clock: Clock, where: str) -> int:
+    """The first step after the peak whose learning rate is at most this fraction of it."""
     rates = [clock.learning_rate(step) for step in range(clock.total_steps)]
     peak = int(np.argmax(rates))
-    below = [
-        step for step in range(peak, clock.total_steps) if rates[step] <= phase.learning_rate_fraction * rates[peak]
-    ]
+    below = [step for step in range(peak, clock.total_steps) if rates[step] <= fraction * rates[peak]]
     if not below:
         raise UserError(
-            f"{where} begins at {phase.learning_rate_fraction} of the peak learning rate, but the lowest after it "
-            f"is {min(rates[peak:]) / rates[peak]:.3g} of it",
-            fix="let the schedule decay further, or raise learning_rate_fraction",
+            f"{where} waits for {fraction} of the peak learning rate, but the lowest after it is "
+            f"{min(rates[peak:]) / rates[peak]:.3g} of it",
+            fix="let the schedule decay further, or raise the fraction",
         )
     return below[0]
 

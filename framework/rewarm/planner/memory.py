@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from rewarm.config.offload import OffloadConfig
 from rewarm.config.run import RunConfig
 from rewarm.engine.layout import Layout
 from rewarm.errors import UserError
@@ -80,7 +81,8 @@ def _stage_memory(config: RunConfig, a: Architecture, layout: Layout, stage: int
     size = BYTES[config.precision]
     parameters = stage_parameters(config, a, layout, stage)
     # fp32 parameters are their own main parameters. The distributed optimizer shares its state over the model copies.
-    state = (8 if size == 4 else 12) * -(-parameters // layout.data)
+    share = -(-parameters // layout.data)
+    state = state_on_device(config.offload, share, (8 if size == 4 else 12) * share)
     tokens = config.batch.micro_batch_size * config.batch.sequence_length
     output = tokens * _output_bytes(config, a, layout) if stage == layout.pipeline - 1 else 0
     if config.activation_recomputation == "full":
@@ -93,6 +95,22 @@ def _stage_memory(config: RunConfig, a: Architecture, layout: Layout, stage: int
         activations=tokens * _activation_bytes(config, a, layout, stage),
         output=output,
     )
+
+
+def state_on_device(offload: OffloadConfig, share: int, plain: int) -> int:
+    """Least bytes of optimizer state on the device of a rank.
+
+    Args:
+        offload: the run's section.
+        share: parameters that the rank updates.
+        plain: bytes of their state without offload.
+    """
+    if offload.mode == "none":
+        return plain
+    if offload.mode == "twinflow":
+        return round((offload.resident_fraction or 0) * 12 * share)
+    buffers = offload.slots if offload.mode in ("streamed", "deep_optimizer_states") else 0
+    return 12 * min(buffers * offload.subgroup_size, share)
 
 
 def stage_parameters(config: RunConfig, a: Architecture, layout: Layout, stage: int) -> int:
@@ -163,5 +181,5 @@ def _remedy(config: RunConfig, memory: RankMemory) -> str:
     if memory.output > memory.total // 2:
         return "a smaller batch.micro_batch_size, or more parallel.tensor, which splits the vocabulary"
     if memory.optimizer > memory.parameters + memory.gradients:
-        return "more nodes, which share the optimizer's state, or more parallel.tensor or parallel.pipeline"
+        return "offload.mode=cpu, more nodes, which share the optimizer's state, or more parallel.tensor or pipeline"
     return "more parallel.tensor or parallel.pipeline, which split the model"

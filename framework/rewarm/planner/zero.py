@@ -7,7 +7,7 @@ from rewarm.engine.layout import Layout
 from rewarm.errors import UserError
 from rewarm.model.description import HuggingFaceModel
 from rewarm.planner.cluster import Cluster
-from rewarm.planner.memory import BYTES, GIB
+from rewarm.planner.memory import BYTES, GIB, state_on_device
 
 
 def count_parameters(model: HuggingFaceModel) -> int | None:
@@ -37,6 +37,8 @@ def state_bytes(config: RunConfig, num_parameters: int, layout: Layout) -> dict[
     share = -(-own // layout.data)
     # Stages 1 to 3 keep fp32 main parameters of their own even of fp32 parameters.
     optimizer = (12 * share) if stage else 8 * own
+    if config.offload.mode != "none":
+        optimizer = (4 * share if stage else 0) + state_on_device(config.offload, share if stage else own, 0)
     return {
         "parameters": 0 if settings.offload_parameters != "none" else size * (share if stage == 3 else own),
         "gradients": size * (share if stage >= 2 else own),
@@ -65,6 +67,6 @@ def check_state(config: RunConfig, model: HuggingFaceModel, layout: Layout, clus
         raise UserError(
             f"parameters, gradients and optimizer state take at least {shown} of a rank, but a GPU of {cluster.name} "
             f"has {cluster.gpu_memory:g} GiB, of which {cluster.reserved:.0%} are left free: {usable:.1f} GiB",
-            fix="a higher deepspeed.zero_stage, more nodes, deepspeed.offload_optimizer=cpu, or more parallel.tensor",
+            fix="a higher deepspeed.zero_stage, more nodes, offload.mode=cpu, or more parallel.tensor",
         )
     return f"planned memory: at least {shown} of {usable:.1f} GiB usable on {cluster.name}, without activations"

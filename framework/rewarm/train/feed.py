@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from rewarm.data.conditioning import Conditioning, read_with_prefix
 from rewarm.data.domain import Domain
 from rewarm.engine.base import Batch
 from rewarm.mixing.draws import rank_slice, sample_hash
@@ -57,6 +58,7 @@ class Feed:
         num_ranks: data-parallel ranks.
         vocab_size: token ids at or above it are refused.
         objective: what the samples count in the loss; by default each counts once.
+        conditioning: prefixes of the domains' documents, up to a sample at which a step begins.
     """
 
     def __init__(
@@ -70,9 +72,11 @@ class Feed:
         num_ranks: int,
         vocab_size: int,
         objective: Objective | None = None,
+        conditioning: Conditioning | None = None,
     ) -> None:
         self._sampler = sampler
         self._objective = objective or Objective(sampler.names)
+        self._conditioning = conditioning or Conditioning({}, 0)
         self._domains = list(domains)
         self._names = [domain.name for domain in domains]
         self._size, self._rank, self._num_ranks = global_batch_size, rank, num_ranks
@@ -143,14 +147,24 @@ class Feed:
         self._ahead.append(_Pending(draw, weights, self._sampler.state_dict(), batch))
 
     def _read(self, draw: Draw, factors: np.ndarray | None) -> Batch:
+        # Decided by the global batch: every rank has a mask, or none has.
+        conditioned = draw.start < self._conditioning.stop
         tokens: np.ndarray | None = None
+        mask: np.ndarray | None = None
         for index in np.unique(draw.domains):
             domain = self._domains[index]
             rows = np.flatnonzero(draw.domains == index)
-            windows = domain.train.read(draw.windows[rows])
+            prefix = self._conditioning.prefixes.get(domain.name) if conditioned else None
+            if prefix is None:
+                windows, learned = domain.train.read(draw.windows[rows]), None
+            else:
+                windows, learned = read_with_prefix(domain.train, draw.windows[rows], prefix)
             domain.check_token_ids(windows, self._vocab_size, "train")
             if tokens is None:
                 tokens = np.empty((len(draw.domains), windows.shape[1]), dtype=np.int64)
+                mask = np.ones((len(tokens), windows.shape[1] - 1), dtype=bool) if conditioned else None
             tokens[rows] = windows
+            if mask is not None and learned is not None:
+                mask[rows] = learned
         assert tokens is not None, "a slice is never empty"
-        return Batch(tokens=tokens, domains=draw.domains, loss_weights=factors)
+        return Batch(tokens=tokens, domains=draw.domains, loss_mask=mask, loss_weights=factors)

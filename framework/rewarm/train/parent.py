@@ -31,8 +31,7 @@ class Parent:
     def tokenizer(self) -> Path | None:
         """The tokenizer it was trained with, or None if it carries none."""
         if self.checkpoint is not None:
-            folder = self.folder / TOKENIZER
-            return folder if folder.is_dir() else None
+            return tokenizer_of(self.folder / TOKENIZER)  # which may hold a licence alone
         return tokenizer_of(self.folder)
 
 

@@ -124,6 +124,7 @@ def assemble(config: RunConfig, stage: Stage, engine: Engine) -> Run:
         num_ranks=engine.data_parallel_size,
         vocab_size=stage.architecture.vocab_size,
         objective=stage.objective(drawn, entries),
+        conditioning=stage.conditioning(),
     )
     schedule = LearningRate(config.schedule, config.total_tokens, config.tokens_per_step)
     run = Run(config, stage, engine, feed, schedule, tracker)

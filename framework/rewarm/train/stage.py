@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from rewarm.config.run import RunConfig
+from rewarm.data.conditioning import Conditioning, prefix_tokens
 from rewarm.data.domain import Domain, open_domain
 from rewarm.engine.layout import check_layout
 from rewarm.errors import UserError
 from rewarm.mixing.controller import MixtureController
 from rewarm.mixing.mixers.build import build_mixer
-from rewarm.mixing.mixture import Clock, initial_weights, planned_changes, planned_entry
+from rewarm.mixing.mixture import Clock, cooldown_sample, initial_weights, planned_changes, planned_entry
 from rewarm.mixing.objective import Objective
 from rewarm.mixing.sampler import SampledDomain, Sampler
 from rewarm.mixing.weight_log import WeightEntry
@@ -103,6 +104,24 @@ class Stage:
             if state is None or entry.sample > state["sample_index"]:
                 objective.schedule(entry)
         return objective
+
+    def conditioning(self) -> Conditioning | None:
+        """The texts in front of the domains' documents, and where they end.
+
+        Raises:
+            UserError: if one is of no domain of the stage, cannot be made into tokens, or the end is not in the stage.
+        """
+        settings = self.config.mixture.conditioning
+        if settings is None:
+            return None
+        unknown = sorted(set(settings.prefixes) - set(self.names))
+        if unknown:
+            raise UserError(
+                f"mixture.conditioning.prefixes names {unknown[0]!r}, which is no domain that the stage trains on",
+                fix=f"name some of {', '.join(self.names)}",
+            )
+        tokens = prefix_tokens(settings.prefixes, self.tokenizer, self.config.batch.sequence_length // 2)
+        return Conditioning(tokens, cooldown_sample(settings, _clock(self.config)))
 
     def _order(self, domain: Domain) -> str:
         return order_identity(domain.fingerprint, len(domain.train), self.config.seed)
@@ -191,9 +210,10 @@ def resolve_stage(config: RunConfig, num_ranks: int) -> Stage:
     evaluated = trained + _watchable(old, tokenizer, architecture)
     _check_enough_windows(config, trained, weights)
     stage = Stage(config, origin, architecture, tokenizer, trained, evaluated, weights, planned, list(old.messages))
-    # Both refuse what could only fail after the ranks have started.
+    # All refuse what could only fail after the ranks have started.
     stage.sampler(None, planned)
     stage.controller()
+    stage.conditioning()
     return stage
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from rewarm.config.load import build
-from rewarm.config.mixture import MixtureConfig, ReplayConfig
+from rewarm.config.mixture import ConditioningConfig, MixtureConfig, ReplayConfig
 from rewarm.errors import UserError
-from rewarm.mixing.mixture import Clock, initial_weights, planned_changes
+from rewarm.mixing.mixture import Clock, cooldown_sample, initial_weights, planned_changes
 from rewarm.mixing.weights import TOTAL
 
 
@@ -114,3 +114,17 @@ def test_evaluations_that_steer_must_be_made() -> None:
     build(values)
     with pytest.raises(UserError, match="mixture.mixer=odm changes weights at evaluations, but evaluation.interval"):
         build({**values, "evaluation": {"interval": None}})
+
+
+def test_the_cooldown_of_conditioning_begins_at_its_trigger() -> None:
+    def begins(**trigger: object) -> int:
+        return cooldown_sample(ConditioningConfig.model_validate({"prefixes": {"a": "x"}, **trigger}), clock())
+
+    assert begins(until="50%") == 50 * 8
+    assert begins(until="7 steps") == 7 * 8
+    # It falls linearly from step 10 to 0 at step 110: to a fifth at step 90.
+    assert begins(until_learning_rate_fraction=0.2) == 90 * 8
+    with pytest.raises(UserError, match=r"conditioning.until=100 steps is step 100"):
+        begins(until="100 steps")
+    with pytest.raises(UserError, match=r"conditioning waits for 0.05 of the peak"):
+        begins(until_learning_rate_fraction=0.05)

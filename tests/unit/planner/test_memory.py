@@ -118,3 +118,29 @@ def test_a_cluster_file(tmp_path: Path) -> None:
     path.write_text("name: odd\ngpus_per_node: 8\ngpu_memory: 80\nhost_memory: 100\nracks: 2\n")
     with pytest.raises(UserError, match="racks"):
         load_cluster(path)
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ({"mode": "cpu"}, 0),
+        ({"mode": "auto"}, 0),  # as little as that, if need be
+        ({"mode": "streamed", "slots": 2, "subgroup_size": 10_000_000}, 12 * 20_000_000),
+        ({"mode": "streamed"}, 12 * 150_000_000),
+        ({"mode": "twinflow", "resident_fraction": 0.25}, 3 * 8_030_261_248),
+    ],
+)
+def test_offloaded_state_leaves_the_device(section: dict[str, Any], expected: int) -> None:
+    config, architecture = settings(offload=section)
+    (memory,) = plan_memory(config, architecture, check_layout(config, architecture, 1))
+    assert memory.optimizer == expected
+
+
+@pytest.mark.parametrize(("stage", "kept"), [(0, 0), (1, 4), (3, 4)])
+def test_deepspeed_keeps_its_fp32_parameters_on_the_device(stage: int, kept: int) -> None:
+    """What plain ZeRO keeps is 12 bytes per parameter, 8 at stage 0."""
+    config, architecture = settings(
+        engine="deepspeed", precision="float32", offload={"mode": "cpu"}, deepspeed={"zero_stage": stage}
+    )
+    layout = check_layout(config, from_scratch(architecture, "deepspeed", "float32"), 1)
+    assert state_bytes(config, 1_000_000, layout)["optimizer"] == kept * 1_000_000

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from rewarm.config.data import DomainConfig
+from rewarm.data.conditioning import Conditioning
 from rewarm.data.domain import Domain, open_domain
 from rewarm.data.indexed import IndexedWriter, token_dtype
 from rewarm.errors import UserError
@@ -182,6 +183,35 @@ def test_factors_reach_the_right_windows_on_every_rank_and_survive_a_restore(dom
             )  # fmt: skip
         if step > 1:
             np.testing.assert_array_equal(again.next().batch.loss_weights, fed.batch.loss_weights)
+
+
+def test_conditioning_ends_with_a_step_and_leaves_the_order_alone(domains: list[Domain]) -> None:
+    """Every rank has a mask while it lasts, also one without a window of the domain that has a prefix."""
+    prefixed = Conditioning({"d2": np.array([7, 8])}, 2 * BATCH)
+
+    def conditioned(rank: int = 0, num_ranks: int = 1) -> Feed:
+        return Feed(
+            sampler(domains), domains, global_batch_size=BATCH, total_samples=10**6,
+            rank=rank, num_ranks=num_ranks, vocab_size=60000, conditioning=prefixed,
+        )  # fmt: skip
+
+    alone, plain = conditioned(), feed(domains)
+    ranks = [conditioned(rank, 12) for rank in range(12)]
+    for step in range(4):
+        fed, other, parts = alone.next(), plain.next(), [one.next().batch for one in ranks]
+        assert fed.sample_hash == other.sample_hash
+        if step >= 2:
+            assert fed.batch.loss_mask is None and all(part.loss_mask is None for part in parts)
+            np.testing.assert_array_equal(fed.batch.tokens, other.batch.tokens)
+            continue
+        masks = [part.loss_mask for part in parts if part.loss_mask is not None]
+        np.testing.assert_array_equal(np.concatenate(masks), fed.batch.loss_mask)
+        named = fed.batch.domains == 2
+        assert 0 < named.sum() < BATCH and fed.batch.loss_mask is not None
+        np.testing.assert_array_equal(fed.batch.tokens[named, :2], np.tile([7, 8], (named.sum(), 1)))
+        np.testing.assert_array_equal(fed.batch.tokens[~named], other.batch.tokens[~named])
+        np.testing.assert_array_equal(fed.batch.tokens[named, 2], other.batch.tokens[named, 0])
+        assert fed.batch.loss_mask[~named].all() and not fed.batch.loss_mask[named, 0].any()
 
 
 def test_peek_leaves_the_batch_in_place(domains: list[Domain]) -> None:

@@ -124,6 +124,18 @@ def shard_map(parameter: Any) -> Any:
     return ParamAffineMap.from_dict(meta["affine_map"])
 
 
+def forget_gradients(engine: Any) -> None:
+    """Drop the gradients of a step that was not made.
+
+    Under stages 1 and 2 with offload DeepSpeed 0.19 keeps the fp32 sums of a bfloat16 run, and would add all later
+    gradients to what is not a number.
+    """
+    sums = getattr(engine.optimizer, "averaged_gradients", None)
+    if isinstance(sums, dict):
+        for group in sums:
+            sums[group] = None
+
+
 def norm_of_gradients(engine: Any) -> float:
     """Norm of the reduced gradients of a stage-0 engine over all ranks, -1 or not finite if one of them is not."""
     from deepspeed.runtime.utils import clip_grad_norm_

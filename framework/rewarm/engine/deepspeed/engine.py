@@ -207,8 +207,10 @@ class DeepSpeedEngine(Collectives, Engine):
             self.deepspeed.step()
             return norm, True
         self.deepspeed.step()
-        norm = float(self.deepspeed.get_global_grad_norm())
-        return norm, self.deepspeed.was_step_applied()
+        norm, updated = float(self.deepspeed.get_global_grad_norm()), self.deepspeed.was_step_applied()
+        if not updated:
+            compat.forget_gradients(self.deepspeed)
+        return norm, updated
 
     def evaluate(self, tokens: np.ndarray, micro_batch_size: int) -> np.ndarray:
         """See :meth:`Engine.evaluate`."""

@@ -158,7 +158,9 @@ def test_swap_folders_of_two_processes(tmp_path: Path) -> None:
     left = tmp_path / "rewarm-left"
     left.mkdir()
     (left / "lock").touch()
-    values = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": str(tmp_path)}}}
+    values: dict[str, Any] = {
+        "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": str(tmp_path)}}
+    }
     first, second = SwapFolder(str(tmp_path)), SwapFolder(str(tmp_path))
     assert not left.exists()
     assert first.path.is_dir()
