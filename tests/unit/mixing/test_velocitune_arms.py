@@ -78,4 +78,6 @@ def test_the_report_says_also_what_was_not_confirmed(script: ModuleType, results
     assert "after 50% of the updates against 100%, to within 0.02 of where they end. **seen**." in text
     for arm in ARMS:
         assert f"| {arm} | " in text
+    assert "ends below the target on no domain" in text
     assert script.verdict([1.0], [2.0], "A", "B").endswith("seen, in one seed, which decides nothing.")
+    assert script.verdict([1.0, 1.0], [1.1, 9.0], "A", "B").endswith("but **no larger than its spread**.")
