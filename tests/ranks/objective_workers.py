@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ranks.deepspeed_models import deepspeed_config, masked_batch
 from ranks.deepspeed_workers import weights
 from ranks.tiny import DOMAINS
-from rewarm.engine.base import Batch, Engine, StepResult
+from rewarm.engine.base import Batch, Engine, GradientStatistics, StepResult
 from rewarm.engine.build import build_engine
 from rewarm.model.architecture import Architecture
 from rewarm.model.description import HuggingFaceModel
@@ -65,3 +66,30 @@ def weighted_steps(
             result = engine.train_step(share(engine, weighted_batch(0, masked)), 1.0)
             found.append((result, weights(engine, scratch)))
     return found
+
+
+def held_out() -> list[np.ndarray]:
+    """Windows of three domains, of different numbers, none a multiple of the chunk of 2."""
+    windows = [masked_batch(100 + number).tokens[:count] for number, count in enumerate((5, 3, 8))]
+    # transformers gives the embedding of the padding token, number 2, no gradient.
+    return [np.where(tokens == 2, 3, tokens) for tokens in windows]
+
+
+def compared_gradients(
+    folder: Path, cases: Sequence[dict[str, Any]], scratch: Path
+) -> list[tuple[GradientStatistics, bool, dict[str, np.ndarray]]]:
+    """What each configuration makes of the domains' gradients, if the random state stayed, and the weights after the
+    step that follows."""
+    found = []
+    for settings in cases:
+        with opened(folder, settings) as engine:
+            random = engine.rng_state()
+            statistics = engine.domain_gradients(held_out(), 2)
+            same = torch.equal(_cpu(random), _cpu(engine.rng_state()))
+            engine.train_step(share(engine, weighted_batch(0, True)), 1.0)
+            found.append((statistics, same, weights(engine, scratch)))
+    return found
+
+
+def _cpu(state: Any) -> torch.Tensor:
+    return state["cpu"] if "cpu" in state else state["device"]["cpu"]

@@ -38,6 +38,8 @@ MIXERS = {
     "ado": ["mixture.ado.warmup=2 steps"],
     "skill_it": [f"mixture.skill_it.graph={GRAPH}"],
     "aioli": ["mixture.aioli={probes_per_domain: 1, hold: 2}"],
+    "pike": [],
+    "doge": [],
     "phased": [
         "mixture.phased.phases=[{weights: {english: 0, python: 1, cpp: 1}, at: 13 steps}, "
         "{weights: {english: 1, python: 0, cpp: 3}, loss_below: {english: 6.1}}]"

@@ -166,6 +166,26 @@ class AioliConfig(Section):
     """Share of the older rounds' measurements that each round keeps."""
 
 
+class PiKEConfig(Section):
+    """More of what has a large gradient, less of what is mostly noise (Li et al. 2025); for domains whose gradients
+    hardly conflict."""
+
+    norm_factor: float = Field(1.0, ge=0)
+    """Factor of the squared norm of a domain's gradient, zeta 1; no default is known to be right, as gradients scale
+    with the model: try ``rewarm mixture simulate``."""
+    variance_factor: float = Field(1.0, ge=0)
+    """Factor of the gradient's variance over twice batch.global_batch_size, zeta 2."""
+
+
+class DoGEConfig(Section):
+    """More of what lowers the loss on the others too, by the inner products of gradients (Fan et al. 2023)."""
+
+    learning_rate: float = Field(5e-4, gt=0)
+    """Factor of the products, and a fifth of the largest score; the proxy's learning rate in the paper."""
+    regularisation: float = Field(0.01, gt=0)
+    """Strength of the pull towards the last weights; 0.01 in the published universal runs."""
+
+
 class ConditioningConfig(Section):
     """Metadata conditioning, then cooldown (Gao et al. 2025): a text before each document of a domain, without loss of
     its own, for the first part of the stage; plain windows for the rest, so that the model needs no text in front."""
@@ -196,12 +216,16 @@ MIXER_SECTIONS: dict[str, type[Section]] = {
     "doremi": DoReMiConfig,
     "odm": ODMConfig,
     "ado": ADOConfig,
+    "pike": PiKEConfig,
+    "doge": DoGEConfig,
     "skill_it": SkillItConfig,
     "aioli": AioliConfig,
 }
 """The section of each mixer that has settings."""
 
-CLOSED_LOOP = frozenset({"velocitune", "dynamic_batch_loading", "doremi", "odm", "ado", "skill_it", "aioli"})
+CLOSED_LOOP = frozenset(
+    {"velocitune", "dynamic_batch_loading", "doremi", "odm", "ado", "skill_it", "aioli", "pike", "doge"}
+)
 """Mixers that are updated at evaluations."""
 
 
@@ -210,12 +234,13 @@ class MixtureConfig(Section):
 
     mixer: Literal[
         "static", "proportional", "temperature", "unimax", "phased",
-        "velocitune", "dynamic_batch_loading", "doremi", "odm", "ado", "skill_it", "aioli",
+        "velocitune", "dynamic_batch_loading", "doremi", "odm", "ado", "skill_it", "aioli", "pike", "doge",
     ] = "static"  # fmt: skip
     """static: the given weights. proportional: by each domain's tokens. temperature, unimax: between proportional and
     equal. phased: one blend after the other. velocitune, dynamic_batch_loading, odm, ado, skill_it, aioli: weights that
-    follow the losses, see their sections. doremi: static weights of the samples, and weights of the loss that follow
-    it."""
+    follow the losses, see their sections. pike, doge: weights that follow the gradients on held-out windows, each
+    evaluation followed by a backward pass over them. doremi: static weights of the samples, and weights of the loss
+    that follow it."""
     weights: dict[str, float] | None = None
     """Weight of each domain at the start, any positive scale; null means equal weights (ado: by tokens). Refused by the
     mixers that compute them: proportional, temperature and unimax."""
@@ -242,6 +267,10 @@ class MixtureConfig(Section):
     """Settings of mixer odm."""
     ado: ADOConfig | None = None
     """Settings of mixer ado."""
+    pike: PiKEConfig | None = None
+    """Settings of mixer pike."""
+    doge: DoGEConfig | None = None
+    """Settings of mixer doge."""
     skill_it: SkillItConfig | None = None
     """Settings of mixer skill_it."""
     aioli: AioliConfig | None = None

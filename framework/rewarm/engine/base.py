@@ -9,6 +9,7 @@ Shape suffixes: B windows, S ``sequence_length``, D domains.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,16 @@ class StepResult:
         return float(self.loss_sums.sum() / max(1, int(self.token_counts.sum())))
 
 
+@dataclass(frozen=True, slots=True)
+class GradientStatistics:
+    """Gradients of the mean token losses of D domains, at the same weights; equal on every rank."""
+
+    products: np.ndarray
+    """float64 [D, D]; inner products of the domains' gradients."""
+    variances: np.ndarray
+    """float64 [D]; trace of the covariance of the gradients of single windows, from the spread of small batches."""
+
+
 class Engine(ABC):
     """A model on many ranks. Built with the resolved configuration by :func:`rewarm.engine.build.build_engine`."""
 
@@ -87,6 +98,19 @@ class Engine(ABC):
 
         Returns:
             float64 [B]; sum of each window's token losses in nats, in the order given, equal on every rank.
+        """
+
+    @abstractmethod
+    def domain_gradients(self, tokens: Sequence[np.ndarray], chunk_size: int) -> GradientStatistics:
+        """Compare the domains' gradients, without a step. Leaves no trace, as :meth:`dry_run`. Collective.
+
+        It costs a forward and a backward pass over all windows, one reduction of the gradient for each chunk, and
+        memory for one fp32 gradient a domain, cut over the ranks as the engine cuts its own.
+
+        Args:
+            tokens: int64 [B, S + 1] of each domain, B at least 2, the same on every rank. The windows of a domain are
+                taken in ``max(2, B // chunk_size)`` chunks on every layout.
+            chunk_size: windows of a chunk.
         """
 
     @abstractmethod

@@ -91,7 +91,13 @@ class MixtureController:
         self._counts += token_counts[:count]
 
     def propose(
-        self, step: int, losses: Mapping[str, float], at_sample: int, sampler: Sampler, log: WeightLog
+        self,
+        step: int,
+        losses: Mapping[str, float],
+        at_sample: int,
+        sampler: Sampler,
+        log: WeightLog,
+        gradients: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> Change:
         """Decide at an evaluation. On the main rank only; nothing but this controller changes; :meth:`commit` tells
         the others.
@@ -106,14 +112,18 @@ class MixtureController:
             at_sample: first global sample index that no rank can have drawn yet; a function of the step alone.
             sampler: drawing the stage's samples.
             log: of the run.
+            gradients: float64 [K, K] inner products and [K] variances of the new domains' held-out gradients, where
+                the mixer reads them.
         """
         assert self.is_active, "no evaluation changes these weights"
         names = self.mixer.names
         bad = [name for name in names if not np.isfinite(losses[name])]
         if bad:
             shares, reason = None, f"step {step}: weights kept, the evaluation gave {losses[bad[0]]} for {bad[0]}"
+        elif gradients is not None and not all(np.isfinite(part).all() for part in gradients):
+            shares, reason = None, f"step {step}: weights kept, a gradient is not finite"
         else:
-            shares, reason = self._decide(step, losses)
+            shares, reason = self._decide(step, losses, gradients)
             if not self.mixer.steers_objective:
                 shares, reason = self._capped(shares, reason, at_sample, sampler)
             self._loss_sums[:], self._counts[:] = 0.0, 0
@@ -179,14 +189,25 @@ class MixtureController:
         self._counts = np.array(state["token_counts"], dtype=np.int64)
         self._begun, self.last_step = list(state["begun"]), int(state["last_step"])
 
-    def _decide(self, step: int, losses: Mapping[str, float]) -> tuple[np.ndarray | None, str]:
+    def _decide(
+        self, step: int, losses: Mapping[str, float], gradients: tuple[np.ndarray, np.ndarray] | None
+    ) -> tuple[np.ndarray | None, str]:
         if self._phases:
             return self._phase(step, losses)
         with np.errstate(invalid="ignore", divide="ignore"):
             training = self._loss_sums / self._counts
         held_out = np.array([losses[name] for name in self.mixer.names], dtype=np.float64)
+        products, variances = gradients if gradients is not None else (None, None)
         shares = self.mixer.update(
-            Observation(step, losses=held_out, training_losses=training, training_counts=self._counts.copy())
+            Observation(
+                step,
+                losses=held_out,
+                training_losses=training,
+                training_counts=self._counts.copy(),
+                squared_gradient_norms=None if products is None else np.diag(products),
+                gradient_variances=variances,
+                gradient_products=products,
+            )
         )
         note = f" ({self.mixer.note})" if self.mixer.note else ""
         return shares, f"step {step}: {self.mixer.name}{note}"

@@ -136,6 +136,7 @@ class Stage:
             weights,
             lambda text: config.steps(text) or 0,
             lambda place: reference_losses(Path(place), config, self.trained[:num_new]),
+            config.batch.global_batch_size,
         )
         return MixtureController(
             config.mixture,
@@ -212,9 +213,22 @@ def resolve_stage(config: RunConfig, num_ranks: int) -> Stage:
     stage = Stage(config, origin, architecture, tokenizer, trained, evaluated, weights, planned, list(old.messages))
     # All refuse what could only fail after the ranks have started.
     stage.sampler(None, planned)
-    stage.controller()
+    _check_gradients(stage)
     stage.conditioning()
     return stage
+
+
+def _check_gradients(stage: Stage) -> None:
+    """Build the controller, and refuse a domain whose gradients it could not compare."""
+    if not stage.controller().mixer.needs_gradients:
+        return
+    for domain in stage.trained[: len(stage.config.data)]:
+        if min(len(domain.held_out), stage.config.evaluation.windows_per_domain) < 2:
+            raise UserError(
+                f"mixture.mixer={stage.config.mixture.mixer} compares gradients over held-out windows, and domain "
+                f"{domain.name!r} has 1",
+                fix="hold out more of it, or raise evaluation.windows_per_domain to 2 or more",
+            )
 
 
 def _watchable(old: OldDomains, tokenizer: Path | None, architecture: ModelDescription) -> list[Domain]:

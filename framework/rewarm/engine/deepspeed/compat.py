@@ -136,6 +136,14 @@ def forget_gradients(engine: Any) -> None:
             sums[group] = None
 
 
+def full_gradient(parameter: Any) -> Any:
+    """The reduced gradient of a parameter between the backward pass and the step, put together from the ranks under
+    ZeRO; None where it has none. Collective."""
+    from deepspeed.utils import safe_get_full_grad
+
+    return safe_get_full_grad(parameter)
+
+
 def norm_of_gradients(engine: Any) -> float:
     """Norm of the reduced gradients of a stage-0 engine over all ranks, -1 or not finite if one of them is not."""
     from deepspeed.runtime.utils import clip_grad_norm_

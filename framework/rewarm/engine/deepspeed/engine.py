@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from rewarm.config.run import RunConfig
 from rewarm.engine import device, layout, ranks
-from rewarm.engine.base import Batch, Engine, StepResult
+from rewarm.engine.base import Batch, Engine, GradientStatistics, StepResult
 from rewarm.engine.collectives import (
     Collectives,
     evaluation_spans,
@@ -37,6 +37,7 @@ from rewarm.engine.deepspeed.sources import RandomWeights, Source, open_huggingf
 from rewarm.engine.deepspeed.swap import SwapFolder
 from rewarm.engine.deepspeed.ulysses import Ulysses
 from rewarm.engine.deepspeed.update import OffloadedStep
+from rewarm.engine.gradients import gradient_statistics
 from rewarm.engine.portable import MOMENTS, WEIGHT, PortableState, PortableWriter
 from rewarm.errors import UserError
 from rewarm.model.description import HuggingFaceModel
@@ -228,6 +229,44 @@ class DeepSpeedEngine(Collectives, Engine):
                     sums[span] = windows[: len(span)].double().cpu().numpy()
         self.deepspeed.train()
         return sum_array(sums)
+
+    def domain_gradients(self, tokens: Sequence[np.ndarray], chunk_size: int) -> GradientStatistics:
+        """See :meth:`Engine.domain_gradients`."""
+        state = self.rng_state()
+
+        def gradient(batch: Batch) -> Tensor:
+            self._forward_backward(batch)
+            found = self._gradient()
+            # As in a dry run: a gradient that is not finite takes what is there along. Few tokens are enough.
+            length = 2 * self.config.parallel.context + 1
+            self._forward_backward(Batch(batch.tokens[:1, :length], batch.domains[:1]), factor=math.nan)
+            _, updated = self._update()
+            assert not updated, "DeepSpeed took a step on a gradient that is not a number"
+            return found
+
+        found = gradient_statistics(
+            gradient,
+            tokens,
+            chunk_size,
+            micro_batch_size=self.config.batch.micro_batch_size,
+            share=self.data_parallel_rank,
+            num_shares=self.data_parallel_size,
+        )
+        self.set_rng_state(state)
+        return found
+
+    def _gradient(self) -> Tensor:
+        """A copy of this rank's own part of the reduced gradient, fp32 [n]: an even share of each parameter, which
+        ZeRO hands out whole. Collective."""
+        parts = [torch.zeros(0, device=self._device)]
+        for name, parameter in self.deepspeed.module.named_parameters():
+            whole = compat.full_gradient(parameter)
+            if whole is None or not self._shards.answers_for(name):
+                continue
+            share, size = self._partitions.share, whole.numel()
+            bounds = [size * place // self._num_shares for place in (share, share + 1)]
+            parts.append(whole.flatten()[slice(*bounds)].float())
+        return torch.cat(parts)
 
     def next_token_logits(self, tokens: np.ndarray) -> np.ndarray:
         """See :meth:`Engine.next_token_logits`."""

@@ -17,10 +17,12 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from torch import Tensor
 
 from rewarm.config.run import RunConfig
 from rewarm.engine import device, layout, ranks
-from rewarm.engine.base import Batch, Engine, StepResult
+from rewarm.engine.base import Batch, Engine, GradientStatistics, StepResult
+from rewarm.engine.gradients import gradient_statistics
 from rewarm.engine.megatron import checkpoint, schedule
 from rewarm.engine.megatron.initialize import clear_padding, initialize
 from rewarm.engine.megatron.optimizer import Optimizer
@@ -151,6 +153,27 @@ class MegatronEngine(Engine):
             for span, losses in zip(spans, outputs, strict=False):
                 sums[span] = schedule.window_losses(losses, None)[: len(span)].cpu().numpy()
         return self._sum(sums)
+
+    def domain_gradients(self, tokens: Sequence[np.ndarray], chunk_size: int) -> GradientStatistics:
+        """See :meth:`Engine.domain_gradients`."""
+        state = self.rng_state()
+
+        def gradient(batch: Batch) -> Tensor:
+            self._forward_backward(batch)
+            return self._optimizer.gradient()
+
+        found = gradient_statistics(
+            gradient,
+            tokens,
+            chunk_size,
+            micro_batch_size=self.config.batch.micro_batch_size * (self.layout.pipeline if self._interleaved else 1),
+            share=self.data_parallel_rank,
+            num_shares=self.layout.data,
+        )
+        for chunk in self._wrapped:
+            chunk.zero_grad_buffer()
+        self.set_rng_state(state)
+        return found
 
     def next_token_logits(self, tokens: np.ndarray) -> np.ndarray:
         """See :meth:`Engine.next_token_logits`."""

@@ -113,6 +113,14 @@ class Optimizer:
             squares = torch.zeros((), dtype=torch.float64, device=device.local_device())
         return math.sqrt(ranks.sum_over_ranks(squares).item())
 
+    def gradient(self) -> Tensor:
+        """A copy of this rank's own part of the reduced gradient, fp32 [n]; over all ranks each element is there
+        once."""
+        self.sharded.prepare_grads()
+        found = self.sharded.get_main_grads_for_grad_norm()
+        place = device.local_device()
+        return torch.cat([part.float().flatten() for part in found]) if found else torch.zeros(0, device=place)
+
     @property
     def has_moments(self) -> bool:
         """True under AdamW."""

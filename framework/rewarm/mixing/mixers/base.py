@@ -59,6 +59,11 @@ class Mixer(ABC):
         self.note = ""
         """What was special about the last update; it goes into the weight log."""
 
+    @property
+    def needs_gradients(self) -> bool:
+        """True if an update reads gradients of the domains."""
+        return any("gradient" in field for field in self.needs)
+
     def update(self, observation: Observation) -> np.ndarray:
         """Next weights.
 

@@ -11,10 +11,12 @@ import numpy as np
 from rewarm.config.mixture import (
     ADOConfig,
     AioliConfig,
+    DoGEConfig,
     DoReMiConfig,
     DynamicBatchLoadingConfig,
     MixtureConfig,
     ODMConfig,
+    PiKEConfig,
     SkillItConfig,
     VelocituneConfig,
 )
@@ -22,10 +24,12 @@ from rewarm.errors import UserError
 from rewarm.mixing.mixers.ado import ADOMixer
 from rewarm.mixing.mixers.aioli import AioliRounds
 from rewarm.mixing.mixers.base import Mixer, by_domain
+from rewarm.mixing.mixers.doge import DoGEMixer
 from rewarm.mixing.mixers.doremi import DoReMiMixer
 from rewarm.mixing.mixers.dynamic_batch_loading import DynamicBatchLoadingMixer
 from rewarm.mixing.mixers.fixed import StaticMixer
 from rewarm.mixing.mixers.odm import ODMMixer
+from rewarm.mixing.mixers.pike import PiKEMixer
 from rewarm.mixing.mixers.skill_it import SkillItMixer
 from rewarm.mixing.mixers.velocitune import VelocituneMixer
 
@@ -36,6 +40,7 @@ def build_mixer(
     weights: np.ndarray,
     steps: Callable[[str], int],
     reference: Callable[[str], Mapping[str, float]] = lambda place: {},
+    batch_size: int = 64,
 ) -> Mixer:
     """The mixer of a stage's new domains.
 
@@ -45,6 +50,7 @@ def build_mixer(
         weights: float64 [K], the fractions that the stage starts with.
         steps: a duration in whole steps of the stage.
         reference: losses of the reference model that a path names, by domain.
+        batch_size: samples of a step.
 
     Raises:
         UserError: if a setting names a domain that does not exist, or a file of targets cannot be read.
@@ -74,6 +80,10 @@ def build_mixer(
     if isinstance(settings, SkillItConfig):
         graph = graph_matrix(settings.graph, names)
         return SkillItMixer(names, weights, graph, step_size=settings.step_size, memory=settings.memory)
+    if isinstance(settings, PiKEConfig):
+        return PiKEMixer(names, weights, batch_size=batch_size, **settings.model_dump())
+    if isinstance(settings, DoGEConfig):
+        return DoGEMixer(names, weights, **settings.model_dump())
     if isinstance(settings, AioliConfig):
         return AioliRounds(names, weights, **settings.model_dump())
     return StaticMixer(names, weights)

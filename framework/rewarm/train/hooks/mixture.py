@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from rewarm.evaluation.held_out import held_out_windows
 from rewarm.mixing.controller import Change
 from rewarm.mixing.weight_log import WeightLog
 from rewarm.tracking.metrics import read_lines
@@ -44,18 +47,31 @@ class MixtureHook(Hook):
         at_sample = run.feed.first_free_sample
         is_due = self._interval is not None and run.step % self._interval == 0
         if is_due and self._controller.last_step < run.step and at_sample < self._total_samples:
-            change = run.engine.broadcast(self._propose(run, at_sample) if run.engine.is_main else None)
+            gradients = self._gradients(run)
+            change = run.engine.broadcast(self._propose(run, at_sample, gradients) if run.engine.is_main else None)
             if change is not None:
                 run.feed.schedule(self._controller.commit(change, self._log))
                 run.tracker.message(f"weights from sample {at_sample}: {change.entry.reason}")
         run.extra_state["mixture"] = self._controller.state_dict()
 
-    def _propose(self, run: Run, at_sample: int) -> Change | None:
+    def _gradients(self, run: Run) -> tuple[np.ndarray, np.ndarray] | None:
+        """What the mixer reads of the new domains' gradients on the evaluated windows; None if it reads none, or a
+        stop leaves the update to the resume. Collective."""
+        if not self._controller.mixer.needs_gradients or run.stop_reason is not None:
+            return None
+        settings, new = run.config.evaluation, run.stage.evaluated[: len(run.config.data)]
+        windows = [held_out_windows(domain.held_out, settings.windows_per_domain) for domain in new]
+        found = run.engine.domain_gradients(windows, settings.micro_batch_size)
+        return found.products, found.variances
+
+    def _propose(self, run: Run, at_sample: int, gradients: tuple[np.ndarray, np.ndarray] | None) -> Change | None:
         """The change of this step's evaluation; None if a stop came before it."""
         assert self._log is not None
+        if self._controller.mixer.needs_gradients and gradients is None:
+            return None
         lines = [line for line in read_lines(run.folder / "evaluation.jsonl") if line["step"] == run.step]
         if not lines:
             return None
         measured = {name: domain["loss"] for name, domain in lines[-1]["domains"].items()}
         losses = {name: math.nan if loss is None else float(loss) for name, loss in measured.items()}
-        return self._controller.propose(run.step, losses, at_sample, run.feed.sampler, self._log)
+        return self._controller.propose(run.step, losses, at_sample, run.feed.sampler, self._log, gradients)
