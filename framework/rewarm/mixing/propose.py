@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +42,7 @@ def propose(
     check_weights(list(prior.values()), names)
     mixtures, losses, evaluated = _read(Path(path), names)
     law = fit_mixture_law(mixtures, losses)
-    given = None if importance is None else by_domain(importance, evaluated, "--importance")
-    if given is not None:
-        check_weights(given, evaluated)
-        given = given / given.sum()
+    given = _importance(importance, evaluated)
     limits = None if caps is None else by_domain({**dict.fromkeys(names, 1.0), **caps}, names, "--caps")
     best = propose_mixture(law, list(prior.values()), importance=given, divergence=divergence, caps=limits)
     return {
@@ -77,3 +74,49 @@ def _read(path: Path, names: list[str]) -> tuple[np.ndarray, np.ndarray, list[st
     if not mixtures:
         raise UserError(f"{path} holds no runs")
     return np.stack(mixtures), np.stack(losses), evaluated
+
+
+def propose_blend(
+    shares: Sequence[float],
+    losses: Sequence[Mapping[str, float]],
+    prior: float,
+    *,
+    importance: Mapping[str, float] | None = None,
+    divergence: float = 0.05,
+) -> dict[str, Any]:
+    """Propose a share of the second of two blends from the losses of models between them.
+
+    Args:
+        shares: of the second blend, in [0, 1], one for each model.
+        losses: held-out losses of each model, nats per token.
+        prior: share to stay near, between 0 and 1.
+        importance: weight of each evaluated domain; None means equal.
+        divergence: nats of loss per nat of divergence from the prior.
+
+    Returns:
+        ``share``, predicted ``loss`` by domain, and the ``worst_residual`` of the fit in nats.
+
+    Raises:
+        UserError: if the models do not determine the law.
+    """
+    evaluated = list(losses[0])
+    law = fit_mixture_law(
+        np.array([[1 - share, share] for share in shares]),
+        np.array([[row[name] for name in evaluated] for row in losses]),
+    )
+    best = propose_mixture(
+        law, [1 - prior, prior], importance=_importance(importance, evaluated), divergence=divergence
+    )
+    return {
+        "share": float(best[1]),
+        "loss": dict(zip(evaluated, law(best).tolist(), strict=True)),
+        "worst_residual": float(np.abs(law.residuals).max()),
+    }
+
+
+def _importance(given: Mapping[str, float] | None, evaluated: list[str]) -> np.ndarray | None:
+    if given is None:
+        return None
+    values = by_domain(given, evaluated, "--importance")
+    check_weights(values, evaluated)
+    return np.asarray(values / values.sum())
