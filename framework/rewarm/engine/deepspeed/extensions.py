@@ -37,11 +37,12 @@ def needed_extensions(settings: DeepSpeedConfig) -> list[str]:
 
 def extensions_folder(settings: DeepSpeedConfig) -> Path:
     """Where they are kept: apart for each version, for each CPU since they are compiled for the one at hand, and for
-    each compiler, since another one would compile them again on every rank."""
+    each compiler and environment, since another one's command line would compile them again on every rank."""
     base = settings.extensions_folder or str(Path.home() / ".cache" / "rewarm" / "deepspeed")
-    cpu = hashlib.blake2b((_cpu() + os.environ.get("CXX", "")).encode(), digest_size=4).hexdigest()
+    place = "\n".join((_cpu(), os.environ.get("CXX", ""), sys.prefix))
+    digest = hashlib.blake2b(place.encode(), digest_size=4).hexdigest()
     python = f"py{sys.version_info.major}{sys.version_info.minor}"
-    return Path(base) / f"{python}-torch{version('torch')}-deepspeed{version('deepspeed')}-{cpu}"
+    return Path(base) / f"{python}-torch{version('torch')}-deepspeed{version('deepspeed')}-{digest}"
 
 
 def _cpu() -> str:
