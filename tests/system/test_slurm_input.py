@@ -47,7 +47,7 @@ def refused(cluster: Cluster, *words: str) -> str:
     ],
 )
 def test_what_cannot_work_is_not_queued(cluster: Cluster, changes: dict[str, str | None], message: str) -> None:
-    small = "name: small\nnodes: 1\ngpus_per_node: 1\ngpu_memory: 1\nhost_memory: 1\n"
+    small = "name: small\nnodes: 1\ngpus_per_node: 1\ngpu_memory: 1\n"
     (cluster.folder / "small.yaml").write_text(small)
     assert message in refused(cluster, "name=bad", *arguments(**changes))
 

@@ -1,1 +1,1 @@
-"""What a job will need before it runs: descriptions of clusters, predicted memory. No torch, no ranks."""
+"""What a job will need before it runs: descriptions of clusters, predicted memory. No ranks, and no torch at import."""

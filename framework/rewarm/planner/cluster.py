@@ -22,8 +22,6 @@ class Cluster(Section):
     """GPUs of a node."""
     gpu_memory: float = Field(gt=0)
     """GiB of one GPU, as torch.cuda.get_device_properties(0).total_memory / 2**30 gives it."""
-    host_memory: float = Field(gt=0)
-    """GiB of a node that a job may use."""
     reserved: float = Field(0.1, ge=0, lt=1)
     """Share of a GPU's memory that a plan leaves free for the CUDA context, NCCL's buffers, workspaces of kernels and
     fragmentation. A rule of thumb, not measured here."""

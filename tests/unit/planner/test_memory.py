@@ -23,7 +23,7 @@ LLAMA_3_8B = {
     "num_layers": 32, "hidden_size": 4096, "ffn_hidden_size": 14336, "num_attention_heads": 32,
     "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192,
 }  # fmt: skip
-H100 = Cluster(name="h100", gpus_per_node=8, gpu_memory=79.1, host_memory=1900)
+H100 = Cluster(name="h100", gpus_per_node=8, gpu_memory=79.1)
 
 
 def settings(**changes: Any) -> tuple[RunConfig, Architecture]:
@@ -112,10 +112,10 @@ def test_a_cluster_file(tmp_path: Path) -> None:
     example = Path(__file__).parents[3] / "configs" / "clusters" / "h100-8x80gb.yaml"
     assert load_cluster(example).gpu_memory * GIB < 86e9
     path = tmp_path / "cluster.yaml"
-    path.write_text("name: odd\ngpus_per_node: 0\ngpu_memory: 80\nhost_memory: 100\n")
+    path.write_text("name: odd\ngpus_per_node: 0\ngpu_memory: 80\n")
     with pytest.raises(UserError, match="gpus_per_node"):
         load_cluster(path)
-    path.write_text("name: odd\ngpus_per_node: 8\ngpu_memory: 80\nhost_memory: 100\nracks: 2\n")
+    path.write_text("name: odd\ngpus_per_node: 8\ngpu_memory: 80\nracks: 2\n")
     with pytest.raises(UserError, match="racks"):
         load_cluster(path)
 
