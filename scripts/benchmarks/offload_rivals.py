@@ -27,7 +27,7 @@ from typing import Any
 
 from rivals import sizes
 from rivals.contestant import NAMES, Order, measure_machine, serve
-from rivals.report import Result, write
+from rivals.report import Result, machine_line, write
 from rivals.turns import Ballast, Turns
 
 
@@ -49,7 +49,8 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     print(f"{shape.parameters / 1e6:.0f} million parameters; GPU memory {left / 1e9:.1f} of {gpu / 1e9:.1f} GB")
     turns = Turns(orders, options, ballast)
-    result = Result(options, shape, gpu, left, turns.run(), turns.overlap)
+    records = turns.run()
+    result = Result(options, shape, gpu, left, records, machine_line(options.gpu), turns.overlap)
     if gpu:
         result.machine = measure_machine(options.threads, 20.0)
     write(result, options.output)

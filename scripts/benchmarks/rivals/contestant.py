@@ -89,7 +89,7 @@ class Session:
 
     def __init__(self, order: Order, trainer: Trainer, before: float) -> None:
         self.order, self.trainer, self.before = order, trainer, before
-        self.number = 0
+        self.number, self.last = 0, None
 
     def steps(self, count: int) -> dict[str, Any]:
         """Some steps: seconds and loss of each, and the most memory so far."""
@@ -110,13 +110,12 @@ class Session:
 
         from rivals import overlap
 
-        timelines = self.trainer.timelines  # type: ignore[attr-defined]
         if not torch.cuda.is_available():
             from rewarm.offload.simulate import chrome_trace
 
             self.steps(1)
-            Path(path).write_text(chrome_trace(timelines[-1]))
-            return overlap.of_timeline(timelines[-1])
+            Path(path).write_text(chrome_trace(self.last))
+            return overlap.of_timeline(self.last)
         kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=kinds) as profiler:
             self.steps(1)
@@ -129,7 +128,8 @@ class Session:
             return {}
         placement = self.trainer.offload.inner.placement  # type: ignore[attr-defined]
         times = [timeline.seconds for timeline in timelines]
-        timelines[:-1] = []
+        self.last = timelines[-1]
+        timelines.clear()
         return {"update": times, "placement": placement.describe(), "traffic": traffic(placement)}
 
 

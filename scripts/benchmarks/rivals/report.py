@@ -34,6 +34,8 @@ class Result:
     gpu: float
     left: float
     records: list[Record]
+    place: str = ""
+    """CPU, memory and GPU."""
     overlap: dict[str, Any] | None = None
     machine: dict[str, float] | None = None
     began: str = field(default_factory=lambda: datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"))
@@ -120,7 +122,7 @@ def write(result: Result, folder: Path) -> None:
     values = {
         "command": command(),
         "date": result.began,
-        "machine": machine_line(result),
+        "machine": result.place,
         "versions": versions(),
         "shape": asdict(result.shape),
         "gpu_bytes": result.gpu,
@@ -138,7 +140,7 @@ def write(result: Result, folder: Path) -> None:
 def markdown(result: Result) -> str:
     """The report as a page."""
     shape, lines = result.shape, [f"# Offload against its rivals, {result.began}", "", f"    {command()}", ""]
-    lines += [f"Machine: {machine_line(result)}.", f"Versions: {', '.join(versions())}.", ""]
+    lines += [f"Machine: {result.place}.", f"Versions: {', '.join(versions())}.", ""]
     lines.append(
         f"{shape.parameters / 1e9:.2f} billion parameters ({shape.num_layers} layers, {shape.hidden_size} wide), "
         f"windows of {shape.sequence_length} tokens, one a micro-batch, bfloat16; state {state(shape) / 1e9:.1f} GB, "
@@ -216,7 +218,7 @@ def command() -> str:
     return f"python {shlex.join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])}"
 
 
-def machine_line(result: Result) -> str:
+def machine_line(has_gpu: bool) -> str:
     """CPU, memory and GPU."""
     model = next(
         (
@@ -228,7 +230,7 @@ def machine_line(result: Result) -> str:
     )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     text = f"{len(os.sched_getaffinity(0))} cores of {model}, {memory / 1e9:.0f} GB"
-    if not result.gpu:
+    if not has_gpu:
         return f"{text}, no GPU"
     import torch
 
