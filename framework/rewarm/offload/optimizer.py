@@ -176,6 +176,7 @@ class OffloadedAdamW:
         state = self.states.export(self._parameters)
         self.close()
         self.states = self._open(placement)
+        self._means.pool.trim()
         self.states.load(*state, self._parameters)
 
     def close(self) -> None:

@@ -77,7 +77,7 @@ class Cuda:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.main, self.streams = Stream(), []
         self._here = threading.local()
-        self._locked: dict[int, int] = {}
+        self.locked: dict[int, int] = {}
         self._copy = torch.Tensor.copy_
         names = ("set_device", "stream", "current_stream", "cudart", "Stream", "get_device_name")
         for name in names:
@@ -110,20 +110,20 @@ class Cuda:
 
     def cudart(self) -> Any:
         def register(pointer: int, size: int, flags: int) -> int:
-            self._locked[pointer] = size
+            self.locked[pointer] = size
             return 0
 
-        return SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=lambda pointer: self._locked.pop(pointer))
+        return SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=lambda pointer: self.locked.pop(pointer))
 
     def close(self) -> None:
-        assert not self._locked, "memory is still locked"
+        assert not self.locked, "memory is still locked"
         for stream in (self.main, *self.streams):
             stream.close()
 
     def _is_locked(self, tensor: torch.Tensor) -> bool:
         first = tensor.data_ptr()
         last = first + tensor.numel() * tensor.element_size()
-        return any(start <= first and last <= start + size for start, size in self._locked.items())
+        return any(start <= first and last <= start + size for start, size in self.locked.items())
 
     def _copied(self) -> Any:
         def copy(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
@@ -227,3 +227,13 @@ def test_late_streams_change_nothing(kind: torch.dtype, clip: bool, cuda: Cuda, 
 def test_a_missing_wait_is_found_out(kind: type[CudaDevice], cuda: Cuda, disk: Path) -> None:
     ours, plain = trained(cuda, open_late(kind), "all five", disk, kind=torch.bfloat16, clip=False)
     assert not all(torch.equal(mine, theirs) for mine, theirs in zip(ours, plain, strict=True))
+
+
+def test_memory_that_is_given_back_is_unlocked(cuda: Cuda) -> None:
+    pool = HostPool(pin=True)
+    first, second = pool.take(10_000, torch.float32), pool.take(5_000, torch.float32)
+    pool.give(first)
+    assert first.is_pinned()
+    pool.trim()
+    assert second.is_pinned() and len(cuda.locked) == 1 and pool.taken == second.nbytes // 4096 * 4096 + 4096
+    pool.close()
