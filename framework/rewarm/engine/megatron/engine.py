@@ -117,7 +117,9 @@ class MegatronEngine(Engine):
             total = self._sum(counts.sum() * np.float64(self._reports))
         for chunk in self._wrapped:
             chunk.zero_grad_buffer()
-        size = self.config.batch.micro_batch_size
+        # A dozen windows for a mixer may be less than a micro-batch of training.
+        stages = self.layout.pipeline if self._interleaved else 1
+        size = min(self.config.batch.micro_batch_size, len(batch.tokens) // stages)
         batches = schedule.split(batch.tokens, batch.loss_mask, size, batch.loss_weights)
         losses = schedule.train(self._wrapped, batches, max(1, int(total)))
         measured: np.ndarray = np.zeros((2, self._num_domains))
@@ -166,9 +168,10 @@ class MegatronEngine(Engine):
             gradient,
             tokens,
             chunk_size,
-            micro_batch_size=self.config.batch.micro_batch_size * (self.layout.pipeline if self._interleaved else 1),
+            micro_batch_size=self.config.batch.micro_batch_size,
             share=self.data_parallel_rank,
             num_shares=self.layout.data,
+            stages=self.layout.pipeline if self._interleaved else 1,
         )
         for chunk in self._wrapped:
             chunk.zero_grad_buffer()
