@@ -170,7 +170,7 @@ class _Gradients(Section):
     windows_per_domain: int | None = Field(None, ge=2)
     """Held-out windows of each new domain whose gradients an update compares, others at every update in turn. An update
     costs a forward and a backward pass over them; the noise of what it measures falls with the square root of their
-    number. Null means a quarter of evaluation.windows_per_domain, so that an update costs no more than the evaluation
+    number. Null means an eighth of evaluation.windows_per_domain, so that an update costs no more than the evaluation
     before it. All of them when the split has fewer."""
 
 
@@ -333,7 +333,7 @@ class MixtureConfig(Section):
         settings = self.settings
         if not isinstance(settings, _Gradients):
             return 0
-        return settings.windows_per_domain or max(2, evaluated // 4)
+        return settings.windows_per_domain or max(2, evaluated // 8)
 
     @property
     def settings(self) -> Section | None:
