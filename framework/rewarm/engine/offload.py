@@ -18,6 +18,7 @@ from rewarm.config.offload import OffloadConfig
 from rewarm.engine import ranks
 from rewarm.errors import UserError
 from rewarm.offload import adamw, profile
+from rewarm.offload.cores import divide
 from rewarm.offload.device import Device, open_device
 from rewarm.offload.execute import GroupStep
 from rewarm.offload.optimizer import Means, OffloadedAdamW, layout_of
@@ -43,6 +44,8 @@ class Seat:
 
     node: str
     cores: tuple[int, ...]
+    numa_node: int | None
+    """Of its GPU."""
     host_free: float
     device_free: float
     parameters: int
@@ -98,10 +101,10 @@ class Offload:
         numel = 0 if layout is None else layout.numel
         self._job = Job(numel, 1e-6, 1e-6, grad_bytes=gradient_type.itemsize, param_bytes=param_bytes)
         cores = tuple(sorted(os.sched_getaffinity(0)))
-        seat = Seat(platform.node(), cores, profile.available_memory(), self._device_free(), numel)
+        seat = Seat(platform.node(), cores, self._device.node, profile.available_memory(), self._device_free(), numel)
         self._seats: list[Seat] = ranks.gather(seat)
         self._node = [rank for rank, other in enumerate(self._seats) if other.node == seat.node]
-        self.share = self._share(seat)
+        self.share = self._share()
         self._machine = self._measure()
         self._drift: Drift | None = None
         self._late, self._steps, self._beside = False, 0, 0.0
@@ -193,14 +196,13 @@ class Offload:
         cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return float(torch.cuda.mem_get_info()[0] + cached)
 
-    def _share(self, seat: Seat) -> Share:
+    def _share(self) -> Share:
         index = self._node.index(torch.distributed.get_rank())
-        rivals = [rank for rank in self._node if self._seats[rank].cores == seat.cores]
-        size = len(seat.cores) // len(rivals)
-        first = size * rivals.index(torch.distributed.get_rank())
+        seats = [self._seats[rank] for rank in self._node]
+        mine = divide([each.cores for each in seats], [each.numa_node for each in seats])[index]
         # Without a GPU the model is computed on the same cores: the update may take them all, and wherever they are.
-        pinned = seat.cores[first : first + size] if size and self._device.pins else None
-        return Share(index, len(self._node), self.settings.cpu_threads or max(1, size - 1), pinned)
+        pinned = mine if mine and self._device.pins else None
+        return Share(index, len(self._node), self.settings.cpu_threads or max(1, len(mine) - 1), pinned)
 
     def _measure(self) -> Machine:
         """This rank's share of its node; rates only where a placement is computed from them."""

@@ -57,7 +57,11 @@ def check_copy(target: torch.Tensor, source: torch.Tensor) -> None:
 
 
 class CudaDevice:
-    """A CUDA device with a stream per lane."""
+    """A CUDA device with a stream per lane.
+
+    A lane is a thread. What it queues is waited for on the host before the lane says that it is done, so memory never
+    changes hands between streams while one of them still works on it, and the allocator needs to be told nothing.
+    """
 
     pins = True
 
@@ -85,16 +89,19 @@ class CudaDevice:
             yield
 
     def mark(self) -> Any:
-        """An event recorded on the current stream."""
-        return torch.cuda.current_stream(self.torch_device).record_event()
+        """An event recorded on the current stream of the calling thread.
+
+        Whoever waits for it sleeps: the threads that would spin otherwise take cores from the CPU's update.
+        """
+        return torch.cuda.current_stream(self.torch_device).record_event(torch.cuda.Event(blocking=True))
 
     def wait(self, mark: Any) -> None:
         """Block the thread until the event."""
         mark.synchronize()
 
     def settle(self) -> None:
-        """Block the thread until the current stream is empty."""
-        torch.cuda.current_stream(self.torch_device).synchronize()
+        """Block the thread until its current stream is empty."""
+        self.wait(self.mark())
 
     def pace_host(self, elements: int, began: float) -> None:
         """The host is as fast as it is."""
@@ -186,14 +193,22 @@ class ThrottledDevice:
             time.sleep(ahead)
 
 
-def numa_node(index: int) -> int | None:
-    """NUMA node of a CUDA device, None where the machine has one node or does not say."""
-    if len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))) < 2:
+def numa_node(index: int, system: Path = Path("/sys")) -> int | None:
+    """NUMA node of a CUDA device, None where the machine has one node or does not say.
+
+    Args:
+        index: of the device.
+        system: where Linux describes the machine.
+    """
+    if len(list((system / "devices/system/node").glob("node[0-9]*"))) < 2:
         return None
     properties = torch.cuda.get_device_properties(index)
-    address = f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
+    parts = [getattr(properties, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
+    if None in parts:
+        return None  # older versions of torch do not know the address
+    address = "{:04x}:{:02x}:{:02x}.0".format(*parts)
     try:
-        node = int((Path("/sys/bus/pci/devices") / address / "numa_node").read_text())
+        node = int((system / "bus/pci/devices" / address / "numa_node").read_text())
     except (OSError, ValueError):
         return None
     return node if node >= 0 else None
