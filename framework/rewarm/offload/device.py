@@ -203,7 +203,7 @@ def numa_node(index: int, system: Path = Path("/sys")) -> int | None:
     if len(list((system / "devices/system/node").glob("node[0-9]*"))) < 2:
         return None
     properties = torch.cuda.get_device_properties(index)
-    parts = [getattr(properties, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
+    parts: list[Any] = [getattr(properties, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
     if None in parts:
         return None  # older versions of torch do not know the address
     address = "{:04x}:{:02x}:{:02x}.0".format(*parts)
