@@ -43,6 +43,7 @@ def train(engine: MegatronEngine, first: int, last: int) -> list[StepResult]:
 
 def state_of(engine: MegatronEngine) -> list[torch.Tensor]:
     """The model's parameters, and main parameters and moments of this rank's shards."""
+    engine._gather_parameters()
     found = [parameter.detach().clone() for chunk in engine.chunks for parameter in chunk.parameters()]
     sharded = engine._optimizer.sharded
     for parameter in sharded.model_param_gbuf_map:

@@ -140,7 +140,27 @@ class Offload:
 
         Under mode auto the time is held against the prediction, and the state is placed again where they have parted.
         """
-        timeline = None if self.inner is None else self.inner.step(number, gradients, groups, grad_scale)
+        if self.inner is not None:
+            self.inner.step(number, gradients, groups, grad_scale)
+        self._watch()
+
+    def release(self, grad_scale: float = 1.0) -> None:
+        """Let a step that :attr:`inner` has begun update, beside what follows; :meth:`step` has the rest."""
+        if self.inner is not None:
+            self.inner.release(grad_scale)
+        self._watch()
+
+    def finish(self) -> None:
+        """Wait for a step that was released; one that was only begun is undone.
+
+        Raises:
+            Exception: on every rank, if the update failed on one of them.
+        """
+        _together(lambda: None if self.inner is None else self.inner.finish())
+
+    def _watch(self) -> None:
+        """Hold the last step that has ended against the prediction."""
+        timeline = None if self.inner is None else self.inner.timeline
         if self.settings.mode != "auto":
             return
         self._steps += 1
