@@ -83,9 +83,14 @@ def without_gate(settings: dict[str, Any], section: dict[str, Any]) -> int:
     expected = [result.loss_sums.tobytes() for result in train(build(settings), 0, STEPS)]
     overlap.Overlap._wait = lambda *unused: None  # type: ignore[method-assign]
     engine = build({**settings, "offload": section})
-    found = [result.loss_sums.tobytes() for result in train(engine, 0, STEPS)]
+    found = []
+    try:
+        for step in range(STEPS):
+            found += [result.loss_sums.tobytes() for result in train(engine, step, step + 1)]
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)  # autograd may come upon it first
     engine._optimizer.close()
-    return sum(a == b for a, b in zip(found, expected, strict=True))
+    return sum(a == b for a, b in zip(found, expected, strict=False))
 
 
 def gradient_copies(settings: dict[str, Any], section: dict[str, Any], finalized: bool = True) -> dict[str, int]:
