@@ -56,7 +56,11 @@ def test_whatever_comes_after_a_step_sees_the_whole_of_it(layout: str, tmp_path:
         assert all(outcome.values()), outcome
 
 
-NORMED = {**TIED, "model": {"num_layers": 2, "family": "qwen3", "qk_norm": True}, "parallel": {"tensor": 2, "sequence": True}}
+NORMED = {
+    **TIED,
+    "model": {"num_layers": 2, "family": "qwen3", "qk_norm": True},
+    "parallel": {"tensor": 2, "sequence": True},
+}
 INTERLEAVED = {
     "model": {"tie_embeddings": True, "num_layers": 4},
     "batch": {"micro_batch_size": 1},

@@ -102,7 +102,8 @@ class Overlap:
         }
         self._per_pass: dict[Tensor, int] = {}
         self._calls: Counter[Tensor] = Counter()
-        self._passes, self._rate = 0, None
+        self._passes = 0
+        self._rate: float | None = None
         self._left: set[Tensor] = set()
         # Where parameters are gathered within the step it must have ended before.
         self._step.whole = self._reduces and not chunks[0].ddp_config.overlap_param_gather
