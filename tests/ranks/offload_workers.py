@@ -158,8 +158,10 @@ def auto(settings: dict[str, Any], profile: Path, cpu_rate: float, device_memory
     places = [inner.placement.describe()]
     engine.dry_run(local_batch(engine, 0))
     places.append(inner.placement.describe())
+    job, beside = engine._optimizer._inner.offload._job, engine._optimizer._inner.offload._beside
     results = train(engine, 0, 45)
     places.append(inner.placement.describe())
     equal = [a.loss_sums.tobytes() == b.loss_sums.tobytes() for a, b in zip(results, expected, strict=True)]
     engine._optimizer.close()
-    return {"equal": equal, "places": places, "messages": messages}
+    hidden = {"passes": job.micro_batches, "forward": job.forward, "of the step": job.hidden / beside}
+    return {"equal": equal, "places": places, "messages": messages, "hidden": hidden}

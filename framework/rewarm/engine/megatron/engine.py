@@ -22,7 +22,7 @@ from rewarm.engine.gradients import gradient_statistics
 from rewarm.engine.megatron import checkpoint, schedule
 from rewarm.engine.megatron.initialize import clear_padding, initialize
 from rewarm.engine.megatron.optimizer import Optimizer
-from rewarm.engine.megatron.overlap import Replica
+from rewarm.engine.megatron.overlap import Replica, forward_seconds
 from rewarm.engine.megatron.transformer import Decoder, DecoderConfig, build_chunks, decoder_config
 from rewarm.model.architecture import Architecture
 
@@ -97,10 +97,18 @@ class MegatronEngine(Engine):
 
     def dry_run(self, batch: Batch) -> None:
         """See :meth:`Engine.dry_run`."""
-        state, started = self.rng_state(), time.perf_counter()
-        self._forward_backward(batch)
-        device.synchronize()
-        self._optimizer.rehearsed(time.perf_counter() - started)
+        state = self.rng_state()
+        if self.config.offload.mode == "auto":
+            self._forward_backward(batch)  # the first pass takes longer than those that a placement is made for
+            device.synchronize()
+        with forward_seconds(self.chunks) as forward:
+            started = time.perf_counter()
+            self._forward_backward(batch)
+            device.synchronize()
+        seconds, passes = time.perf_counter() - started, self.layout.num_microbatches
+        filled = passes + (self.layout.pipeline - 1) / self.layout.virtual_pipeline  # a pipeline fills and drains
+        each = sum(forward) / passes
+        self._optimizer.rehearsed(seconds, each, max(0.0, seconds / filled - each), passes)
         for chunk in self._wrapped:
             chunk.zero_grad_buffer()
         self.set_rng_state(state)

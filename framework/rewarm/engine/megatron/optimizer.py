@@ -175,10 +175,17 @@ class Optimizer:
             for parameter, master in zip(group, parts, strict=True)
         }
 
-    def rehearsed(self, seconds: float) -> None:
-        """Take notice of the time and memory of a forward and backward pass. Collective."""
+    def rehearsed(self, seconds: float, forward: float, backward: float, passes: int) -> None:
+        """Take notice of the time and memory of a step without its update. Collective.
+
+        Args:
+            seconds: of the whole.
+            forward, backward: seconds of one pass of each kind.
+            passes: micro-batches.
+        """
         if isinstance(self._inner, OffloadedAdamWStep):
-            self._inner.offload.rehearsed(seconds, device.peak_memory())
+            hides = None if self._inner.whole else (forward, backward, passes)
+            self._inner.offload.rehearsed(seconds, device.peak_memory(), hides)
 
     def close(self) -> None:
         """End what runs beside the step. Not collective."""

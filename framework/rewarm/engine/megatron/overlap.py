@@ -9,6 +9,7 @@ File and line numbers are those of megatron-core 0.16.1, below ``megatron/core/`
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from rewarm.engine import device
 from rewarm.engine.megatron.offloaded import OffloadedOptimizer
@@ -221,6 +222,28 @@ class Overlap:
         assert inner is not None
         for shard in shards:
             inner.wait(shard)
+
+
+@contextmanager
+def forward_seconds(chunks: Sequence[nn.Module]) -> Iterator[list[float]]:
+    """Collects the seconds of each forward pass through the chunks, those of recomputation left out."""
+    began, found = [0.0], []
+
+    def before(*unused: Any) -> None:
+        device.synchronize()
+        began[0] = time.perf_counter()
+
+    def after(*unused: Any) -> None:
+        device.synchronize()
+        found.append(time.perf_counter() - began[0])
+
+    handles = [chunk.register_forward_pre_hook(before) for chunk in chunks]
+    handles += [chunk.register_forward_hook(after) for chunk in chunks]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _Reduction:
