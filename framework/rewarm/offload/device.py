@@ -102,7 +102,7 @@ class CudaDevice:
 
     def settle(self) -> None:
         """Block the thread until its current stream is empty."""
-        self.wait(self.mark())
+        self.mark().synchronize()
 
     def pace_host(self, elements: int, began: float) -> None:
         """The host is as fast as it is."""
