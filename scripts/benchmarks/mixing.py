@@ -63,6 +63,8 @@ MIXERS: dict[str, dict[str, Any]] = {
     "ado": {"warmup": "1 steps"},
     "skill_it": {"graph": {name: {name: 1.0} for name in DOMAINS}},
     "aioli": {},
+    "pike": {},
+    "doge": {},
 }
 
 
@@ -147,8 +149,9 @@ def shares(feed: Feed, step: float, batches: int = 300) -> dict[str, float]:
 
 
 def updating(run: Run, folder: Path, updates: int = 100) -> dict[str, float]:
-    """CPU milliseconds of an evaluation of four domains, and of an update of each mixer after so many before it: the
-    decision, the line in the weight log with its sync, and the scheduling."""
+    """CPU milliseconds of an evaluation of four domains, and of an update of each mixer after so many before it (five,
+    where it compares gradients): the gradients, the decision, the line in the weight log with its sync, and the
+    scheduling."""
     from rewarm.config.mixture import MixtureConfig
     from rewarm.evaluation.held_out import evaluate_domain
     from rewarm.mixing.controller import MixtureController
@@ -170,17 +173,31 @@ def updating(run: Run, folder: Path, updates: int = 100) -> dict[str, float]:
         sampler = Sampler([SampledDomain(d, 10**6, d) for d in DOMAINS], 1, quantise(np.ones(4)))
         log = WeightLog(folder / f"{name}.jsonl")
 
-        def update(number: int, controller: Any = controller, sampler: Sampler = sampler, log: Any = log) -> None:
+        windows = config.gradient_windows(settings.windows_per_domain)
+
+        def update(
+            number: int, controller: Any = controller, sampler: Any = sampler, log: Any = log, windows: int = windows
+        ) -> None:
+            gradients = compared(run, windows, number) if windows else None
             losses = dict(zip(DOMAINS, 1.5 + (number + 2.0) ** -np.linspace(0.2, 0.5, 4), strict=True))
             controller.observe(np.array([*losses.values()]) * 5e4, np.full(4, 50_000))
-            change = controller.propose(number, losses, sampler.sample_index + 48, sampler, log)
+            change = controller.propose(number, losses, sampler.sample_index + 48, sampler, log, gradients)
             entry = controller.commit(change, log)
             sampler.schedule_weights(align(entry.weights, DOMAINS), entry.sample)
             sampler.draw(64)
 
-        spent = [seconds(lambda n=n: update(n)) for n in range(updates)]
+        spent = [seconds(lambda n=n: update(n)) for n in range(5 if mixer.needs_gradients else updates)]
         figures[f"{name}_ms"] = 1e3 * statistics.median(spent[-10:])
     return figures
+
+
+def compared(run: Run, count: int, turn: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What a run reads of the gradients of its domains at an update."""
+    from rewarm.evaluation.held_out import rotated_windows
+
+    windows = [rotated_windows(domain.held_out, count, turn, b"key") for domain in run.stage.evaluated]
+    found = run.engine.domain_gradients(windows, run.config.evaluation.micro_batch_size)
+    return found.products, found.squared_norms, found.variances
 
 
 def against(contenders: list[str], python: str) -> list[dict[str, Any]]:

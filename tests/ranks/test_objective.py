@@ -96,6 +96,10 @@ def test_gradients_of_domains_are_those_of_torch_and_leave_no_trace(case: str, f
         for statistics, same_random_state, weights in results:
             np.testing.assert_allclose(statistics.products, products, rtol=2e-5, atol=1e-6 * products.max())
             np.testing.assert_allclose(statistics.variances, variances, rtol=1e-4)
+            counts = [len(windows) for windows in workers.held_out()]
+            np.testing.assert_allclose(
+                statistics.squared_norms, np.diag(products) - variances / counts, rtol=1e-3, atol=1e-5 * products.max()
+            )
             assert same_random_state
             for name, expected in after.items():
                 np.testing.assert_allclose(weights[name], expected, rtol=0, atol=2e-6, err_msg=name)

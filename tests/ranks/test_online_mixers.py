@@ -149,6 +149,18 @@ def test_the_tiers_of_the_promise_about_a_resume(place: Place) -> None:
             assert weight == pytest.approx(other["weights"][name], rel=1e-4)
 
 
+def test_the_windows_that_gradients_come_from_take_the_turns_of_a_run_that_never_stopped(place: Place) -> None:
+    settings = ["mixture.mixer=doge", "mixture.doge={regularisation: 1e-4, windows_per_domain: 4}", "duration=13 steps"]
+    place.train(1, "name=turns", *settings)
+    place.train(1, "name=turns-again", *settings, "stop_at=7 steps")
+    stopped = place.lines("turns-again", "mixture.jsonl")
+    place.train(1, "name=turns-again", *settings)
+    found = place.lines("turns-again", "mixture.jsonl")
+    assert found == place.lines("turns", "mixture.jsonl")
+    assert found[: len(stopped)] == stopped
+    assert len({json.dumps(entry["weights"]) for entry in found}) == len(found) > len(stopped)
+
+
 def test_an_evaluation_that_gives_nan_keeps_the_weights_and_is_logged(place: Place) -> None:
     overrides = [
         "name=blind",

@@ -166,7 +166,15 @@ class AioliConfig(Section):
     """Share of the older rounds' measurements that each round keeps."""
 
 
-class PiKEConfig(Section):
+class _Gradients(Section):
+    windows_per_domain: int | None = Field(None, ge=2)
+    """Held-out windows of each new domain whose gradients an update compares, others at every update in turn. An update
+    costs a forward and a backward pass over them; the noise of what it measures falls with the square root of their
+    number. Null means an eighth of evaluation.windows_per_domain, so that an update costs no more than the evaluation
+    before it. All of them when the split has fewer."""
+
+
+class PiKEConfig(_Gradients):
     """More of what has a large gradient, less of what is mostly noise (Li et al. 2025); for domains whose gradients
     hardly conflict."""
 
@@ -177,7 +185,7 @@ class PiKEConfig(Section):
     """Factor of the gradient's variance over twice batch.global_batch_size, zeta 2."""
 
 
-class DoGEConfig(Section):
+class DoGEConfig(_Gradients):
     """More of what lowers the loss on the others too, by the inner products of gradients (Fan et al. 2023)."""
 
     learning_rate: float = Field(5e-4, gt=0)
@@ -238,8 +246,8 @@ class MixtureConfig(Section):
     ] = "static"  # fmt: skip
     """static: the given weights. proportional: by each domain's tokens. temperature, unimax: between proportional and
     equal. phased: one blend after the other. velocitune, dynamic_batch_loading, odm, ado, skill_it, aioli: weights that
-    follow the losses, see their sections. pike, doge: weights that follow the gradients on held-out windows, each
-    evaluation followed by a backward pass over them. doremi: static weights of the samples, and weights of the loss
+    follow the losses, see their sections. pike, doge: weights that follow the gradients on held-out windows, see
+    their ``windows_per_domain``. doremi: static weights of the samples, and weights of the loss
     that follow it."""
     weights: dict[str, float] | None = None
     """Weight of each domain at the start, any positive scale; null means equal weights (ado: by tokens). Refused by the
@@ -315,6 +323,17 @@ class MixtureConfig(Section):
     def phases(self) -> list[PhaseConfig]:
         """The phases of mixer phased; empty under the others."""
         return self.phased.phases if self.phased is not None else []
+
+    def gradient_windows(self, evaluated: int) -> int:
+        """Held-out windows of a domain whose gradients an update compares; 0 if the mixer compares none.
+
+        Args:
+            evaluated: ``evaluation.windows_per_domain``.
+        """
+        settings = self.settings
+        if not isinstance(settings, _Gradients):
+            return 0
+        return settings.windows_per_domain or max(2, evaluated // 8)
 
     @property
     def settings(self) -> Section | None:

@@ -130,6 +130,11 @@ class RunConfig(Section):
         return self.total_tokens // self.tokens_per_step
 
     @property
+    def gradient_windows(self) -> int:
+        """Held-out windows of a domain whose gradients an update of the mixture compares; 0 if it compares none."""
+        return self.mixture.gradient_windows(self.evaluation.windows_per_domain)
+
+    @property
     def last_step(self) -> int:
         """The step after which this invocation stops."""
         return min(self.total_steps, self.steps(self.stop_at) or self.total_steps)

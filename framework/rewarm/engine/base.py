@@ -59,7 +59,10 @@ class GradientStatistics:
     """Gradients of the mean token losses of D domains, at the same weights; equal on every rank."""
 
     products: np.ndarray
-    """float64 [D, D]; inner products of the domains' gradients."""
+    """float64 [D, D]; inner products of the domains' gradients, as they are on these windows. On the diagonal the noise
+    of a gradient over B windows adds ``variances / B`` in expectation; off it nothing."""
+    squared_norms: np.ndarray
+    """float64 [D]; the diagonal without that noise. Unbiased over the choice of windows, and so below 0 at times."""
     variances: np.ndarray
     """float64 [D]; trace of the covariance of the gradients of single windows, from the spread of small batches."""
 

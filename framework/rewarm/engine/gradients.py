@@ -11,6 +11,9 @@ from torch import Tensor
 from rewarm.engine import device, ranks
 from rewarm.engine.base import Batch, GradientStatistics
 
+_BLOCK = 1 << 22
+"""Elements that are made float64 at a time."""
+
 
 def gradient_statistics(
     gradient: Callable[[Batch], Tensor],
@@ -20,17 +23,19 @@ def gradient_statistics(
     micro_batch_size: int,
     share: int,
     num_shares: int,
+    stages: int = 1,
 ) -> GradientStatistics:
     """See :meth:`rewarm.engine.base.Engine.domain_gradients`. Collective.
 
     Args:
         gradient: from this rank's slice of a batch to its own part of the gradient of the batch's mean token loss,
-            fp32 [n]; over all ranks the parts cover the model once. Collective.
+            fp32 [n], a copy; over all ranks the parts cover the model once. Collective.
         tokens: int64 [B, S + 1] of each domain.
         chunk_size: windows of one pass.
-        micro_batch_size: that a slice's length is a multiple of.
+        micro_batch_size: most windows of a forward pass.
         share: which slice is this rank's.
         num_shares: slices of a pass.
+        stages: that the number of a slice's micro-batches is a multiple of.
     """
     means: list[Tensor] = []
     squares = torch.zeros(len(tokens), dtype=torch.float64, device=device.local_device())
@@ -39,27 +44,34 @@ def gradient_statistics(
         assert len(tokens[domain]) >= 2, "one window has no variance"
         mean: Tensor | None = None
         for chunk in chunks:
-            found = gradient(slice_of(chunk, domain, micro_batch_size, share, num_shares))
-            squares[domain] += len(chunk) * _product(found, found)
-            weighted = found * (len(chunk) / len(tokens[domain]))
-            mean = weighted if mean is None else mean.add_(weighted)
+            found = gradient(slice_of(chunk, domain, micro_batch_size, share, num_shares, stages))
+            squares[domain] += len(chunk) * _products([found])[0, 0]
+            part = len(chunk) / len(tokens[domain])
+            mean = found.mul_(part) if mean is None else mean.add_(found, alpha=part)
         assert mean is not None
         means.append(mean)
-    products = torch.stack([torch.stack([_product(one, other) for other in means]) for one in means])
-    total = ranks.sum_over_ranks(torch.cat([products, squares[None]])).cpu().numpy()
-    products_of, counts = total[:-1], np.array([len(windows) for windows in tokens])
+    total = ranks.sum_over_ranks(torch.cat([_products(means), squares[None]])).cpu().numpy()
+    products, counts = total[:-1], np.array([len(windows) for windows in tokens])
     # E sum n_j |g_j - mean|^2 = (passes - 1) * trace, for passes of n_j windows.
-    spread = total[-1] - counts * np.diag(products_of)
-    return GradientStatistics(products_of, np.maximum(spread, 0) / (np.array([len(p) for p in passes]) - 1))
+    spread = total[-1] - counts * np.diag(products)
+    variances = np.maximum(spread, 0) / (np.array([len(p) for p in passes]) - 1)
+    # E |mean|^2 = |E mean|^2 + trace / n.
+    return GradientStatistics(products, np.diag(products) - variances / counts, variances)
 
 
-def slice_of(windows: np.ndarray, domain: int, micro_batch_size: int, share: int, num_shares: int) -> Batch:
+def slice_of(
+    windows: np.ndarray, domain: int, micro_batch_size: int, share: int, num_shares: int, stages: int = 1
+) -> Batch:
     """A rank's slice of some windows; all slices have one length, and what fills them up does not count.
+
+    The slice is as short as can be cut into equal micro-batches of at most ``micro_batch_size`` windows, whose number
+    is a multiple of ``stages``: few windows are not filled up to a batch that training would take.
 
     Returns:
         A batch with a mask.
     """
-    step = micro_batch_size * num_shares
+    size = min(micro_batch_size, -(-len(windows) // (num_shares * stages)))
+    step = size * stages * num_shares
     length = -(-len(windows) // step) * step // num_shares
     mine = np.arange(share * length, (share + 1) * length)
     counted = np.repeat((mine < len(windows))[:, None], windows.shape[1] - 1, axis=1)
@@ -67,8 +79,10 @@ def slice_of(windows: np.ndarray, domain: int, micro_batch_size: int, share: int
     return Batch(rows, np.full(length, domain, dtype=np.int64), counted)
 
 
-def _product(one: Tensor, other: Tensor) -> Tensor:
-    """Inner product of fp32 [n] in float64, without a float64 copy of the whole of either."""
-    size = 1 << 20
-    parts = [a.double() @ b.double() for a, b in zip(one.split(size), other.split(size), strict=True)]
-    return torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64, device=one.device)
+def _products(vectors: Sequence[Tensor]) -> Tensor:
+    """Inner products of K fp32 [n] in float64 [K, K], without a float64 copy of the whole of any."""
+    found = torch.zeros(len(vectors), len(vectors), dtype=torch.float64, device=vectors[0].device)
+    for parts in zip(*(vector.split(max(1, _BLOCK // len(vectors))) for vector in vectors), strict=True):
+        block = torch.stack(parts).double()
+        found += block @ block.T
+    return found

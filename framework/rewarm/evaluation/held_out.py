@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rewarm.data.domain import Domain
+from rewarm.mixing.permutation import KeyedPermutation
 
 if TYPE_CHECKING:
     from rewarm.data.windows import WindowReader
@@ -40,6 +41,24 @@ def held_out_windows(reader: WindowReader, limit: int) -> np.ndarray:
     total = len(reader)
     count = min(limit, total)
     return reader.read(np.arange(count, dtype=np.int64) * total // count)
+
+
+def rotated_windows(reader: WindowReader, count: int, turn: int, key: bytes) -> np.ndarray:
+    """A few held-out windows, others at every turn: over many turns each window of the split comes equally often.
+
+    Args:
+        reader: the split.
+        count: windows of a turn; all of them when the split has fewer.
+        turn: 0, 1, 2, ...
+        key: chooses the order in which they come, which has nothing to do with their places in the files.
+
+    Returns:
+        int64 [min(count, windows of the split), sequence_length + 1], no window twice; a function of the arguments.
+    """
+    total = len(reader)
+    count = min(count, total)
+    positions = (np.arange(count, dtype=np.int64) + turn * count) % total
+    return reader.read(KeyedPermutation(total, key)(positions))
 
 
 def summarise(domain: Domain, window_sums: np.ndarray, tokens_per_window: int) -> HeldOutLoss:

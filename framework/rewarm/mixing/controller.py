@@ -22,6 +22,9 @@ from rewarm.mixing.sampler import Sampler
 from rewarm.mixing.weight_log import WeightEntry, WeightLog
 from rewarm.mixing.weights import TOTAL, align
 
+Gradients = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Of the K new domains' held-out gradients: inner products, float64 [K, K]; squared norms and variances, [K] each."""
+
 
 @dataclass(frozen=True, slots=True)
 class Change:
@@ -97,7 +100,7 @@ class MixtureController:
         at_sample: int,
         sampler: Sampler,
         log: WeightLog,
-        gradients: tuple[np.ndarray, np.ndarray] | None = None,
+        gradients: Gradients | None = None,
     ) -> Change:
         """Decide at an evaluation. On the main rank only; nothing but this controller changes; :meth:`commit` tells
         the others.
@@ -112,8 +115,7 @@ class MixtureController:
             at_sample: first global sample index that no rank can have drawn yet; a function of the step alone.
             sampler: drawing the stage's samples.
             log: of the run.
-            gradients: float64 [K, K] inner products and [K] variances of the new domains' held-out gradients, where
-                the mixer reads them.
+            gradients: where the mixer reads them.
         """
         assert self.is_active, "no evaluation changes these weights"
         names = self.mixer.names
@@ -190,21 +192,21 @@ class MixtureController:
         self._begun, self.last_step = list(state["begun"]), int(state["last_step"])
 
     def _decide(
-        self, step: int, losses: Mapping[str, float], gradients: tuple[np.ndarray, np.ndarray] | None
+        self, step: int, losses: Mapping[str, float], gradients: Gradients | None
     ) -> tuple[np.ndarray | None, str]:
         if self._phases:
             return self._phase(step, losses)
         with np.errstate(invalid="ignore", divide="ignore"):
             training = self._loss_sums / self._counts
         held_out = np.array([losses[name] for name in self.mixer.names], dtype=np.float64)
-        products, variances = gradients if gradients is not None else (None, None)
+        products, norms, variances = gradients if gradients is not None else (None, None, None)
         shares = self.mixer.update(
             Observation(
                 step,
                 losses=held_out,
                 training_losses=training,
                 training_counts=self._counts.copy(),
-                squared_gradient_norms=None if products is None else np.diag(products),
+                squared_gradient_norms=norms,
                 gradient_variances=variances,
                 gradient_products=products,
             )

@@ -41,7 +41,7 @@ class Device(Protocol):
         """A point in the work queued so far by the calling thread."""
 
     def wait(self, mark: Any) -> None:
-        """Block until a marked point is reached."""
+        """Block until a marked point, or a collective whose handle is given instead, is reached."""
 
     def settle(self) -> None:
         """Block until the work queued by the calling thread is done."""
@@ -96,12 +96,13 @@ class CudaDevice:
         return torch.cuda.current_stream(self.torch_device).record_event(torch.cuda.Event(blocking=True))
 
     def wait(self, mark: Any) -> None:
-        """Block the thread until the event."""
-        mark.synchronize()
+        """Let the current stream wait for an event or a collective, and the thread for the stream."""
+        mark.wait()
+        self.settle()
 
     def settle(self) -> None:
         """Block the thread until its current stream is empty."""
-        self.wait(self.mark())
+        self.mark().synchronize()
 
     def pace_host(self, elements: int, began: float) -> None:
         """The host is as fast as it is."""
@@ -181,8 +182,10 @@ class ThrottledDevice:
     def mark(self) -> None:
         """Work is done when its call returns."""
 
-    def wait(self, mark: None) -> None:
-        """Work is done when its call returns."""
+    def wait(self, mark: Any) -> None:
+        """Work is done when its call returns, but for that of an asynchronous collective."""
+        if mark is not None:
+            mark.wait()
 
     def settle(self) -> None:
         """Work is done when its call returns."""
@@ -203,7 +206,7 @@ def numa_node(index: int, system: Path = Path("/sys")) -> int | None:
     if len(list((system / "devices/system/node").glob("node[0-9]*"))) < 2:
         return None
     properties = torch.cuda.get_device_properties(index)
-    parts = [getattr(properties, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
+    parts: list[Any] = [getattr(properties, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
     if None in parts:
         return None  # older versions of torch do not know the address
     address = "{:04x}:{:02x}:{:02x}.0".format(*parts)

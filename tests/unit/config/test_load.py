@@ -154,3 +154,17 @@ def test_what_is_no_duration(text: str) -> None:
 )  # fmt: skip
 def test_durations_resolve_to_whole_steps(text: str, tokens: int) -> None:
     assert resolve_duration(text, tokens_per_step=100, total_tokens=10_000) == tokens
+
+
+@pytest.mark.parametrize(
+    ("mixer", "settings", "evaluated", "windows"),
+    [("odm", {}, 64, 0), ("pike", {}, 64, 8), ("doge", {}, 5, 2), ("doge", {"windows_per_domain": 24}, 64, 24)],
+)
+def test_windows_whose_gradients_a_mixer_compares(mixer: str, settings: Any, evaluated: int, windows: int) -> None:
+    mixture = {"mixer": mixer, mixer: settings}
+    config = build({**BASE, "mixture": mixture, "evaluation": {"windows_per_domain": evaluated}})
+    assert config.gradient_windows == windows
+
+
+def test_one_window_has_no_variance() -> None:
+    assert "windows_per_domain" in refused({**BASE, "mixture": {"mixer": "pike", "pike": {"windows_per_domain": 1}}})

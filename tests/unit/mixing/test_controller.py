@@ -284,18 +284,18 @@ def test_gradients_reach_the_mixer_and_broken_ones_keep_the_weights(tmp_path: Pa
     loop = Loop({"mixer": "pike", "pike": {"norm_factor": 0.5, "variance_factor": 2.0}}, tmp_path)
 
     def decide(step: int, products: np.ndarray) -> list[float]:
-        at, variances = (step + AHEAD) * BATCH, np.array([2.0, 8.0, 4.0])
+        at, norms, variances = (step + AHEAD) * BATCH, np.array([1.0, 0.5, -0.25]), np.array([2.0, 8.0, 4.0])
         change = loop.controller.propose(
-            step, losses_at(step), at, loop.sampler, loop.log, gradients=(products, variances)
+            step, losses_at(step), at, loop.sampler, loop.log, gradients=(products, norms, variances)
         )
         loop.sampler.schedule_weights(align(loop.controller.commit(change, loop.log).weights, loop.sampler.names), at)
         return [weight / TOTAL for weight in change.entry.weights.values()]
 
-    # The squared norms are the diagonal; b is 64 by default.
-    powers = np.exp(0.5 * np.array([1.0, 0.5, 0.25]) - 2.0 * np.array([2.0, 8.0, 4.0]) / 128)
+    # The squared norms are not the diagonal, which has the noise in it; b is 64 by default.
+    powers = np.exp(0.5 * np.array([1.0, 0.5, -0.25]) - 2.0 * np.array([2.0, 8.0, 4.0]) / 128)
     expected = [*(0.75 * powers / powers.sum()), 0.25]
-    products = np.diag([1.0, 0.5, 0.25]) + 0.125
-    assert decide(4, products - 0.125) == pytest.approx(expected, abs=1e-8)
+    products = np.diag([1.25, 1.0, 0.25]) + 0.125
+    assert decide(4, products) == pytest.approx(expected, abs=1e-8)
     products[0, 1] = math.nan
     assert decide(8, products) == pytest.approx(expected, abs=1e-8)
     assert loop.log.entries()[-1].reason == "step 8: weights kept, a gradient is not finite"

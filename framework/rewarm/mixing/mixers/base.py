@@ -25,7 +25,8 @@ class Observation:
     training_counts: np.ndarray | None = None
     """int64 [K]; target tokens trained on since the last update."""
     squared_gradient_norms: np.ndarray | None = None
-    """float64 [K]; squared norm of the gradient of each domain's mean loss."""
+    """float64 [K]; squared norm of the gradient of each domain's mean loss, estimated without bias: noise can take it
+    below 0."""
     gradient_variances: np.ndarray | None = None
     """float64 [K]; trace of the covariance of each domain's per-sample gradients."""
     gradient_products: np.ndarray | None = None

@@ -81,9 +81,14 @@ def build_mixer(
         graph = graph_matrix(settings.graph, names)
         return SkillItMixer(names, weights, graph, step_size=settings.step_size, memory=settings.memory)
     if isinstance(settings, PiKEConfig):
-        return PiKEMixer(names, weights, batch_size=batch_size, **settings.model_dump())
+        return PiKEMixer(
+            names, weights,
+            batch_size=batch_size, norm_factor=settings.norm_factor, variance_factor=settings.variance_factor,
+        )  # fmt: skip
     if isinstance(settings, DoGEConfig):
-        return DoGEMixer(names, weights, **settings.model_dump())
+        return DoGEMixer(
+            names, weights, learning_rate=settings.learning_rate, regularisation=settings.regularisation
+        )  # fmt: skip
     if isinstance(settings, AioliConfig):
         return AioliRounds(names, weights, **settings.model_dump())
     return StaticMixer(names, weights)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from rewarm.evaluation.held_out import held_out_windows
-from rewarm.mixing.controller import Change
+from rewarm.evaluation.held_out import rotated_windows
+from rewarm.mixing.controller import Change, Gradients
+from rewarm.mixing.permutation import order_key
 from rewarm.mixing.weight_log import WeightLog
 from rewarm.tracking.metrics import read_lines
 from rewarm.train.hooks.base import Hook
@@ -54,17 +53,23 @@ class MixtureHook(Hook):
                 run.tracker.message(f"weights from sample {at_sample}: {change.entry.reason}")
         run.extra_state["mixture"] = self._controller.state_dict()
 
-    def _gradients(self, run: Run) -> tuple[np.ndarray, np.ndarray] | None:
-        """What the mixer reads of the new domains' gradients on the evaluated windows; None if it reads none, or a
-        stop leaves the update to the resume. Collective."""
+    def _gradients(self, run: Run) -> Gradients | None:
+        """What the mixer reads of the new domains' gradients, on the held-out windows whose turn it is; None if it
+        reads none, or a stop leaves the update to the resume. Collective."""
         if not self._controller.mixer.needs_gradients or run.stop_reason is not None:
             return None
-        settings, new = run.config.evaluation, run.stage.evaluated[: len(run.config.data)]
-        windows = [held_out_windows(domain.held_out, settings.windows_per_domain) for domain in new]
-        found = run.engine.domain_gradients(windows, settings.micro_batch_size)
-        return found.products, found.variances
+        assert self._interval is not None
+        config, new = run.config, run.stage.evaluated[: len(run.config.data)]
+        count, turn = config.gradient_windows, run.step // self._interval
+        windows = []
+        for domain in new:
+            key = order_key(config.seed, domain.held_out_fingerprint, 0)
+            windows.append(rotated_windows(domain.held_out, count, turn, key))
+            domain.check_token_ids(windows[-1], run.stage.architecture.vocab_size, "held-out")
+        found = run.engine.domain_gradients(windows, config.evaluation.micro_batch_size)
+        return found.products, found.squared_norms, found.variances
 
-    def _propose(self, run: Run, at_sample: int, gradients: tuple[np.ndarray, np.ndarray] | None) -> Change | None:
+    def _propose(self, run: Run, at_sample: int, gradients: Gradients | None) -> Change | None:
         """The change of this step's evaluation; None if a stop came before it."""
         assert self._log is not None
         if self._controller.mixer.needs_gradients and gradients is None:
