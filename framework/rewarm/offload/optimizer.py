@@ -89,6 +89,7 @@ class OffloadedAdamW:
         self._executor: Executor | None = None
         self._given: Sequence[Tensor] | None = None
         self._waiting: set[int] = set()
+        self._stale: set[int] = set()
         self.timeline: Timeline | None = None
         self._held: tuple[int, Tensor, Tensor, Tensor] | None = None
         self._changed = False
@@ -159,6 +160,7 @@ class OffloadedAdamW:
         assert self._executor is not None
         for shard in sorted(self._waiting, reverse=True):
             self.ready(shard)
+        self._stale = set(range(len(self.layout.shards)))
         self._executor.release(grad_scale)
 
     @property
@@ -173,10 +175,12 @@ class OffloadedAdamW:
 
     def wait(self, shard: int) -> None:
         """Block until an update that was released has written a shard's parameters."""
-        if self.updating:
+        # Asked before every module of every forward pass: the first answer of a step serves for the others.
+        if shard in self._stale:
             assert self._executor is not None
             for subgroup in self.layout.subgroups_of(shard):
                 self._executor.wait_parameters(subgroup)
+            self._stale.remove(shard)
 
     def wait_gradients(self) -> None:
         """Block until an update that was released reads no gradient any more."""
@@ -204,6 +208,7 @@ class OffloadedAdamW:
             executor.abandon()
             return None
         self.timeline = executor.finish()
+        self._stale = set()
         return self.timeline
 
     def read(self, shard: int, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
