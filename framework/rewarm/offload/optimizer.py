@@ -130,6 +130,9 @@ class OffloadedAdamW:
     def write(self, shard: int, master: Tensor, moment1: Tensor, moment2: Tensor, start: int = 0) -> None:
         """Set a shard's state, and its parameters to the rounded master.
 
+        Parts of a shard with 8-bit moments are to be written in order with nothing in between: a block that two parts
+        share is quantised when another subgroup is looked at.
+
         Args:
             shard: its index.
             master, moment1, moment2: fp32, up to as many elements as the shard has.

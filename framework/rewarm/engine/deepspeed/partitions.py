@@ -58,7 +58,8 @@ class Partitions(ABC):
 
         Args:
             moments: also give the moments, made of zeros where there are none yet.
-            write: they will be changed. What more than one rank holds is then given to each of them whole.
+            write: all that is given will be replaced. What more than one rank holds is then given to each of them
+                whole.
         """
 
     @abstractmethod
@@ -122,7 +123,11 @@ class Partitions(ABC):
             return
         assert self.inner.offload is not None and self.inner.offload.inner is not None
         offloaded, place = self.inner.offload.inner, self.inner.place_of(flat)
-        _, *held = offloaded.read(place, offset, offset + length)
+        if moments and write:
+            # They will be replaced: parts of 8-bit moments are written one after the other, without a look at others.
+            held = tuple(torch.zeros(length) for _ in MOMENTS)
+        else:
+            held = offloaded.read(place, offset, offset + length)[1:]
         if moments:
             views |= dict(zip(MOMENTS, held, strict=True))
         yield Fragment(name, start, views)
