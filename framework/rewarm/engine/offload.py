@@ -224,7 +224,10 @@ class Offload:
             measured = self._profile()
             drives = [measured.nvme[str(Path(path))] for path in space]
             self._drive_shares = [min(drive["read"], drive["write"]) for drive in drives] or None
-            machine = measured.machine(ranks=len(node), host_memory=host, device_free=room, size=settings.subgroup_size)
+            size, eight_bit = settings.subgroup_size, self._job.eight_bit
+            machine = measured.machine(
+                ranks=len(node), host_memory=host, device_free=room, size=size, eight_bit=eight_bit
+            )
             return replace(machine, nvme_free=sum(space.values()))
         machine = replace(_UNMEASURED, host_free=host, device_free=room, nvme_free=sum(space.values()))
         return replace(machine, nvme_read=1.0, nvme_write=1.0) if space else machine
