@@ -122,14 +122,7 @@ class Offload:
             if layout is None:
                 return None
             self._check_kernels(placement)
-            means = Means(
-                self._pool,
-                gradient_type,
-                [Path(path) for path in settings.nvme_paths],
-                self._drive_shares,
-                self.share.threads,
-                self.share.cores,
-            )
+            means = self._means(gradient_type)
             return OffloadedAdamW(
                 names, shards, groups, placement, self._job, self._device, means, subgroup_size=size, masters=masters
             )
@@ -183,6 +176,10 @@ class Offload:
         if self.inner is not None:
             self.inner.close()
         self._pool.close()
+
+    def _means(self, gradient_type: torch.dtype) -> Means:
+        paths, share = [Path(path) for path in self.settings.nvme_paths], self.share
+        return Means(self._pool, gradient_type, paths, self._drive_shares, share.threads, share.cores)
 
     @property
     def _open_ended(self) -> bool:

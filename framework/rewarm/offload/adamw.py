@@ -160,9 +160,8 @@ class Moments8bit:
     """Both moments as one byte per element (approximate by name).
 
     Block-wise dynamic quantisation (Dettmers et al., 2021): a code is a decade and a linear cell in it, the scale is
-    the largest magnitude of 2048 elements, which is kept exactly. An element's first moment is off by at most 0.7% of
-    its block's largest, its second by at most 0.35%, and each by at most half a cell of its own decade. 2 bytes per
-    parameter instead of 8. Quantising what :meth:`values` gives changes no bit.
+    the largest magnitude of 2048 elements. An element's first moment is off by at most 0.7% of its block's largest, its
+    second by at most 0.35%, each by at most half a cell of its own decade. Quantised again, values keep all bits.
     """
 
     codes1: torch.Tensor
@@ -170,7 +169,6 @@ class Moments8bit:
     codes2: torch.Tensor
     """uint8 [N], second moment."""
     scales1: torch.Tensor
-    """fp32 [ceil(N / 2048)]."""
     scales2: torch.Tensor
     """fp32 [ceil(N / 2048)]."""
 
@@ -186,8 +184,8 @@ class Moments8bit:
         """Quantise fp32 moments [N] on the host; a block begins with the first element."""
         _check(moment1, (moment1, moment2), None, None)
         found = cls.zeros(moment1.numel())
-        arrays = _pointers(moment1, moment2, *found.arrays())
-        _library_for(_FEATURE).rewarm_quantize_moments(_count(moment1), *arrays, 0)
+        arguments = _count(moment1), *_pointers(moment1, moment2, *found.arrays())
+        _library_for(_FEATURE).rewarm_quantize_moments(*arguments, 0)
         return found
 
     def values(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -231,8 +229,8 @@ def update_8bit(
     assert all(x.dtype == torch.float32 and x.numel() == -(-master.numel() // QUANTIZED_BLOCK) for x in arrays[2:])
     out_type = _NONE if out is None else _TYPES[out.dtype]
     target = None if out is None else ctypes.c_void_p(out.data_ptr())
-    pointers = _pointers(master, *arrays, grad)
-    head = (_count(master), *pointers, _TYPES[grad.dtype], target, out_type, ctypes.byref(step))
+    pointers = _count(master), *_pointers(master, *arrays, grad)
+    head = (*pointers, _TYPES[grad.dtype], target, out_type, ctypes.byref(step))
     if master.is_cuda:
         _cuda("rewarm_cuda_adamw_8bit", master, *head)
     else:
