@@ -65,7 +65,9 @@ class Tracker:
             TensorBoardWriter(run_folder / "tensorboard", last if resumed else None) if config.tensorboard else None
         )
         self._wandb = (
-            WandbWriter(run_folder, config.wandb, config_dump, resumed, self._console.message)
+            WandbWriter(
+                run_folder, config.wandb, config_dump, resumed, self._console.message, lambda: self._recorded(last)
+            )
             if resolve_mode(config.wandb) != "disabled"
             else None
         )
@@ -104,18 +106,27 @@ class Tracker:
             self._metrics.sync()
             self._evaluation.sync()
 
-    def close(self, exit_code: int = 0) -> None:
-        """Finish every record; 0 marks the run as done. Closing twice is harmless."""
+    def close(self, exit_code: int = 0, *, hurried: bool = False) -> None:
+        """Finish every record; 0 marks the run as done, hurried waits for no service longer than ten seconds.
+        Closing twice is harmless."""
         if not self._is_main or self._closed:
             return
         self._closed = True
         self._console.close()
         if self._wandb is not None:
-            self._wandb.close(exit_code)
+            self._wandb.close(exit_code, hurried=hurried)
         if self._tensorboard is not None:
             self._tensorboard.close()
         self._metrics.close()
         self._evaluation.close()
+
+    def _recorded(self, last: int) -> list[tuple[int, dict[str, float]]]:
+        """Step and curves of every line up to a step in the run's files; a step's evaluation after its metrics."""
+        steps = [cast(MetricsLine, line) for line in read_lines(self._metrics.path)]
+        evaluations = [cast(EvaluationLine, line) for line in read_lines(self._evaluation.path)]
+        curves = [(line["step"], metrics_scalars(line)) for line in steps]
+        curves += [(line["step"], evaluation_scalars(line)) for line in evaluations]
+        return sorted((curve for curve in curves if curve[0] <= last), key=lambda curve: curve[0])
 
     def _draw(self, step: int, scalars: dict[str, float]) -> None:
         if self._wandb is not None:

@@ -3,35 +3,40 @@
 Importing wandb and starting its service takes seconds, so both happen in a thread that begins with the first
 trained step, and lines wait in a queue. Any failure ends the recording with one warning; the run's own files have
 everything. A resumed run continues the same wandb run: its id is kept in ``<run>/wandb.json`` together with the
-last step handed over, and steps up to that one, trained again after an older checkpoint, are not sent twice.
+last step that wandb has for sure. Later ones are sent from the run's files first, so that a kill leaves no gap, and
+steps up to that one, trained again after an older checkpoint, are not sent twice.
 """
 
 from __future__ import annotations
 
 import configparser
 import json
-import math
 import netrc
 import os
 import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from rewarm.config.training import WandbConfig
 
-REMEMBER_EVERY = 2.0
-"""Seconds between notes of the last step handed over; what came after the note is sent again after a kill."""
+REMEMBER_EVERY = 10.0
+"""Seconds between notes of the last step that wandb has; what came after the note is sent again after a kill.
+
+A note names what was handed over before the one before it: offline, wandb's service writes every five seconds or so,
+and what it holds then dies with it.
+"""
 INIT_TIMEOUT = 45.0
 """Seconds that the server has to answer before the run is recorded offline."""
 CLOSE_TIMEOUT = 60.0
 """Seconds that a finished run waits for wandb."""
-FAILED_CLOSE_TIMEOUT = 10.0
-"""Seconds that a failed one waits, whose message the user is waiting for."""
+HURRIED_CLOSE_TIMEOUT = 10.0
+"""Seconds that one waits that failed, whose message the user is waiting for, or that was told to stop, whose time is
+short."""
 
 _END = None
 
@@ -88,6 +93,8 @@ class WandbWriter:
         config: project, entity, group and mode; not disabled.
         config_dump: the resolved configuration, shown with the run.
         resumed: True continues the wandb run of ``wandb.json``; False begins another.
+        backlog: gives step and curves of the lines that the run's files had at the start, in order; what wandb does
+            not have of them is sent first. Called from the thread.
         say: prints one line for the user; called from the thread.
     """
 
@@ -98,6 +105,7 @@ class WandbWriter:
         config_dump: Mapping[str, Any],
         resumed: bool,
         say: Callable[[str], None],
+        backlog: Callable[[], Iterable[tuple[int, Mapping[str, float]]]] = tuple,
     ) -> None:
         self._folder = run_folder
         self._config = config
@@ -106,6 +114,7 @@ class WandbWriter:
         self._note = run_folder / "wandb.json"
         self._id, self._floor = self._recall() if resumed else (secrets.token_hex(4), -1)
         self._queue: queue.SimpleQueue[tuple[int, Mapping[str, float]] | None] = queue.SimpleQueue()
+        self._backlog = backlog
         self._exit_code = 0
         self._failed = False
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
@@ -118,13 +127,14 @@ class WandbWriter:
         if step > 0 and self._thread.ident is None:
             self._thread.start()
 
-    def close(self, exit_code: int) -> None:
-        """Hand over what waits and mark the run finished (0) or failed; waits a minute at most."""
+    def close(self, exit_code: int, *, hurried: bool = False) -> None:
+        """Hand over what waits and mark the run finished (0) or failed; waits a minute at most, or ten seconds if
+        hurried or failed. What is left then is sent by the resumed run."""
         if self._thread.ident is None:
             return  # nothing was trained, so there is nothing to show
         self._exit_code = exit_code
         self._queue.put(_END)
-        timeout = CLOSE_TIMEOUT if exit_code == 0 else FAILED_CLOSE_TIMEOUT
+        timeout = HURRIED_CLOSE_TIMEOUT if hurried or exit_code else CLOSE_TIMEOUT
         self._thread.join(timeout)
         if self._thread.is_alive():
             self._say(f"warning: wandb did not finish within {timeout:.0f} s; the run's own files are complete")
@@ -133,33 +143,39 @@ class WandbWriter:
         try:
             run = self._start()
             last = self._pump(run)
-            self._remember(last)
             run.finish(exit_code=self._exit_code)
+            self._remember(last)
         except Exception as error:  # wandb must never end a training run, whatever it raises
             self._failed = True
             first = (str(error).strip().splitlines() or [""])[0]
             self._say(f"warning: wandb stopped recording ({type(error).__name__}: {first}); the run goes on without it")
 
     def _pump(self, run: Any) -> int:
-        """Hand over lines until the end; returns the last step. The newest step counts as handed over only once a
-        later one begins, because its evaluation may still come."""
-        last, noted = self._floor, -math.inf
+        """Hand over lines until the end; returns the last step. A step counts as handed over only once a later one
+        begins, because its evaluation may still come."""
+        last = whole = waiting = self._floor
+        noted = time.monotonic()
+        for step, scalars in self._lines():
+            if time.monotonic() - noted >= REMEMBER_EVERY:
+                self._remember(waiting)
+                waiting, noted = whole, time.monotonic()
+            if step > last:
+                whole, last = last, step
+            if step > self._floor:
+                run.log(dict(scalars), step=step)
+        return last
+
+    def _lines(self) -> Iterator[tuple[int, Mapping[str, float]]]:
+        """What the files had, then the queue; an empty line of an old step whenever nothing comes for a while."""
+        yield from self._backlog()
         while True:
             try:
                 item = self._queue.get(timeout=REMEMBER_EVERY)
             except queue.Empty:
-                self._remember(max(self._floor, last - 1))
-                continue
+                item = (-1, {})
             if item is _END:
-                return last
-            step, scalars = item
-            if step <= self._floor:
-                continue
-            if step > last and time.monotonic() - noted > REMEMBER_EVERY:
-                self._remember(max(self._floor, last))
-                noted = time.monotonic()
-            last = step
-            run.log(dict(scalars), step=step)
+                return
+            yield item
 
     def _start(self) -> Any:
         """The wandb run; offline when the server cannot be reached, as on most compute nodes."""
@@ -177,7 +193,7 @@ class WandbWriter:
             wandb.teardown()  # its service still holds the id of the failed run
             mode, run = "offline", self._init(wandb, "offline")
         if mode == "online":
-            self._floor = max(self._floor, run.starting_step - 1)
+            self._floor = run.starting_step - 1  # the server knows better than the note
             self._say(f"wandb: {run.url}")
         else:
             self._say(f"wandb: offline; to upload: wandb sync {self._folder}/wandb/offline-run-*-{self._id}")

@@ -78,7 +78,7 @@ def _train(config: RunConfig, stage: Stage, engine: Engine) -> None:
     run.feed.close()
     if engine.is_main:
         write_status(stage.folder, end_state(run), run.step, config.total_steps, run.stop_reason)
-    run.tracker.close(0)
+    run.tracker.close(0, hurried=run.stop_reason is not None)
     if engine.is_main:
         print_summary(run)
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +37,23 @@ def history(folder: Path) -> list[dict[str, Any]]:
     return read_history(folder)
 
 
-def writer(folder: Path, resumed: bool, said: list[str], **values: Any) -> WandbWriter:
+def writer(
+    folder: Path, resumed: bool, said: list[str], backlog: Sequence[tuple[int, dict[str, float]]] = (), **values: Any
+) -> WandbWriter:
     folder.mkdir(exist_ok=True)
-    return WandbWriter(folder, WandbConfig(**{"mode": "offline", **values}), {"seed": 7}, resumed, said.append)
+    config = WandbConfig(**{"mode": "offline", **values})
+    return WandbWriter(folder, config, {"seed": 7}, resumed, said.append, lambda: backlog)
 
 
 def test_a_resumed_run_is_the_same_wandb_run_and_no_step_comes_twice(tmp_path: Path) -> None:
-    folder, said = tmp_path / "run", []
+    folder = tmp_path / "run"
+    said: list[str] = []
     first = writer(folder, False, said)
     first.log(0, {"held_out_loss/english": 9.0})
     for step in range(1, 6):
         first.log(step, {"loss": 5.0 / step})
     first.log(5, {"held_out_loss/english": 2.0})
-    first.close(1)
+    first.close(0)
     number = json.loads((folder / "wandb.json").read_text())["id"]
 
     time.sleep(1.1)  # wandb names a segment by the second
@@ -64,6 +69,47 @@ def test_a_resumed_run_is_the_same_wandb_run_and_no_step_comes_twice(tmp_path: P
     assert [row["loss"] for row in rows[1:]] == [5.0 / step for step in range(1, 9)]
     assert rows[5]["held_out_loss/english"] == 2.0
     assert not [text for text in said if "warning" in text]
+
+
+def test_what_a_kill_took_is_sent_by_the_next_run(tmp_path: Path) -> None:
+    """wandb has steps 0 to 3, the run's files have steps 0 to 6."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "wandb.json").write_text('{"id": "abcdef12", "last_step": 3}')
+    lines: list[tuple[int, dict[str, float]]] = [(0, {"held_out_loss/english": 9.0})]
+    lines += [(step, {"loss": 5.0 / step}) for step in range(1, 7)]
+    lines += [(6, {"held_out_loss/english": 2.0})]
+    resumed = writer(folder, True, [], lines)
+    resumed.log(7, {"loss": 5.0 / 7})
+    resumed.close(0)
+    rows = history(folder)
+    assert [(row["_step"], row["loss"]) for row in rows] == [(step, 5.0 / step) for step in (4, 5, 6, 7)]
+    assert rows[2]["held_out_loss/english"] == 2.0
+    assert json.loads((folder / "wandb.json").read_text()) == {"id": "abcdef12", "last_step": 7}
+
+
+def test_only_what_wandb_has_had_time_to_write_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rewarm.tracking.wandb.REMEMBER_EVERY", 0.2)
+    run = writer(tmp_path / "run", False, [])
+
+    def noted() -> int:
+        path = tmp_path / "run" / "wandb.json"
+        return int(json.loads(path.read_text())["last_step"]) if path.exists() else -1
+
+    step, last = 0, 0
+    for _ in range(600):
+        step += 1
+        run.log(step, {"loss": 1.0})
+        time.sleep(0.05)
+        if (now := noted()) > last:
+            # Handed over before the note before: at least four steps of 0.05 s in 0.2 s.
+            assert now <= step - 4
+            last = now
+        if last > 4:
+            break
+    assert last > 4
+    run.close(0)
+    assert noted() == step
 
 
 def test_a_run_that_begins_anew_is_another_wandb_run(tmp_path: Path) -> None:
