@@ -21,8 +21,9 @@ from rewarm.offload import adamw, profile
 from rewarm.offload.device import Device, open_device
 from rewarm.offload.execute import GroupStep
 from rewarm.offload.optimizer import Means, OffloadedAdamW, layout_of
-from rewarm.offload.placement import Scored, interleave
-from rewarm.offload.plan import Drift, calibrated, choose, plan
+from rewarm.offload.pipeline import predict
+from rewarm.offload.placement import interleave
+from rewarm.offload.plan import Drift, calibrated, choose, plan, update_seconds
 from rewarm.offload.routes import QUANTIZED_BLOCK, Job, Machine, Placement
 from rewarm.offload.simulate import Timeline
 from rewarm.offload.slabs import ALIGNMENT, HostPool, aligned
@@ -108,7 +109,7 @@ class Offload:
         self.share = self._share(seat)
         self._machine = self._measure()
         self._drift: Drift | None = None
-        self._late, self._steps, self._beside = False, 0, 0.0
+        self._late, self._steps, self._beside, self._overlaps = False, 0, 0.0, False
         self._room = self._machine.device_free
         if self._open_ended:
             # Until a step was rehearsed, only the buffers that state passes through are counted on.
@@ -136,12 +137,32 @@ class Offload:
 
         Under mode auto the time is held against the prediction, and the state is placed again where they have parted.
         """
-        timeline = None if self.inner is None else self.inner.step(number, gradients, groups, grad_scale)
+        if self.inner is not None:
+            self.inner.step(number, gradients, groups, grad_scale)
+        self._watch()
+
+    def release(self, grad_scale: float = 1.0) -> None:
+        """Let a step that :attr:`inner` has begun update, beside what follows; :meth:`step` has the rest."""
+        if self.inner is not None:
+            self.inner.release(grad_scale)
+        self._watch()
+
+    def finish(self) -> None:
+        """Wait for a step that was released; one that was only begun is undone.
+
+        Raises:
+            Exception: on every rank, if the update failed on one of them.
+        """
+        _together(lambda: None if self.inner is None else self.inner.finish())
+
+    def _watch(self) -> None:
+        """Hold the last step that has ended against the prediction."""
+        timeline = None if self.inner is None else self.inner.timeline
         if self.settings.mode != "auto":
             return
         self._steps += 1
         if timeline is not None and self._drift is not None:
-            expected, seconds = self._drift.predicted, timeline.seconds
+            expected, seconds = self._drift.predicted, update_seconds(timeline)
             matters = abs(seconds - expected) > _MATTERS * self._beside
             self._late |= self._drift.observe(seconds if matters else expected)
         # Every rank comes here in the same step, so that none waits for a decision of another in between.
@@ -149,14 +170,20 @@ class Offload:
             self._replan(timeline)
             self._late = False
 
-    def rehearsed(self, seconds: float, peak: float) -> None:
+    def rehearsed(self, seconds: float, peak: float, hides: tuple[float, float, int] | None = None) -> None:
         """Place the state again, now that a step's memory and time are known.
 
         Args:
             seconds: of the forward and backward passes of one step.
             peak: most bytes that were allocated on the device in them; without a GPU it is not looked at.
+            hides: seconds of one forward and of one backward pass, and passes in a step, where the update runs beside
+                the last backward pass and the next forward pass; None where both wait for it.
         """
         self._beside = seconds
+        self._overlaps = hides is not None
+        if hides is not None:
+            forward, backward, passes = hides
+            self._job = replace(self._job, forward=forward, backward=backward, micro_batches=passes)
         if self._open_ended:
             room = self._room
             if self._device.torch_device.type == "cuda":
@@ -166,6 +193,10 @@ class Offload:
                 room = max(0.0, (1 - _RESERVE) * total - others - peak + held)
                 room = min(ranks.gather(room)[rank] for rank in self._node)
             self._machine = replace(self._machine, device_free=room)
+        if hides is not None:
+            # Slots are held for good, so that those there are may be filled in the backward pass.
+            self._machine = replace(self._machine, device_free_backward=self._machine.device_free)
+        if self._open_ended or (hides is not None and self.settings.mode == "auto"):
             self._place(self._choose())
         if self.inner is not None:
             described = self.inner.placement.describe() + (", 8-bit moments" if self._job.eight_bit else "")
@@ -252,16 +283,22 @@ class Offload:
         if self.settings.mode != "auto":
             count = self._subgroups
             return _together(lambda: choose(self.settings, self._machine, self._job) if count else Placement(()))
-        scored = self._decide()
-        self._drift = Drift(scored.seconds)
-        return stretched(scored.placement, self._subgroups)
+        placement, seconds = self._decide()
+        self._drift = Drift(seconds)
+        return stretched(placement, self._subgroups)
 
-    def _decide(self) -> Scored:
+    def _decide(self) -> tuple[Placement, float]:
+        """The placement of this rank's node, and the seconds that its updates should take."""
         job = replace(self._job, parameters=max(1, *(self._seats[rank].parameters for rank in self._node)))
-        lead = self.share.index == 0
-        mine = _together(lambda: plan(self.settings, self._machine, job, self._beside) if lead else None)
-        scored: Scored = ranks.gather(mine)[self._node[0]]
-        return scored
+        beside = 0.0 if self._overlaps else self._beside
+
+        def decide() -> tuple[Placement, float]:
+            placement = plan(self.settings, self._machine, job, beside).placement
+            return placement, update_seconds(predict(self._machine, job, placement))
+
+        mine = _together(lambda: decide() if self.share.index == 0 else None)
+        decided: tuple[Placement, float] = ranks.gather(mine)[self._node[0]]
+        return decided
 
     def _replan(self, timeline: Timeline | None) -> None:
         """Place again by the rates that the last step saw; if nothing changes, what is measured is expected."""
@@ -276,7 +313,7 @@ class Offload:
         placement = self._choose()
         before = None if self.inner is None else self.inner.placement
         self._place(placement)
-        measured = 0.0 if timeline is None else timeline.seconds
+        measured = 0.0 if timeline is None else update_seconds(timeline)
         if before is not None and before.renamed("") == placement.renamed(""):
             self._drift = Drift(measured)
             log.info("updates take %.3f s, not as predicted; the placement is still the best", measured)

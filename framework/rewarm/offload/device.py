@@ -41,7 +41,7 @@ class Device(Protocol):
         """A point in the work queued so far by the calling thread."""
 
     def wait(self, mark: Any) -> None:
-        """Block until a marked point is reached."""
+        """Block until a marked point, or a collective whose handle is given instead, is reached."""
 
     def settle(self) -> None:
         """Block until the work queued by the calling thread is done."""
@@ -89,8 +89,9 @@ class CudaDevice:
         return torch.cuda.current_stream(self.torch_device).record_event()
 
     def wait(self, mark: Any) -> None:
-        """Block the thread until the event."""
-        mark.synchronize()
+        """Let the current stream wait for an event or a collective, and the thread for the stream."""
+        mark.wait()
+        self.settle()
 
     def settle(self) -> None:
         """Block the thread until the current stream is empty."""
@@ -174,8 +175,10 @@ class ThrottledDevice:
     def mark(self) -> None:
         """Work is done when its call returns."""
 
-    def wait(self, mark: None) -> None:
-        """Work is done when its call returns."""
+    def wait(self, mark: Any) -> None:
+        """Work is done when its call returns, but for that of an asynchronous collective."""
+        if mark is not None:
+            mark.wait()
 
     def settle(self) -> None:
         """Work is done when its call returns."""
