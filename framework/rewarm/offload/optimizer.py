@@ -330,7 +330,7 @@ class OffloadedAdamW:
 
 
 def layout_of(
-    names: Sequence[str], shards: Sequence[Tensor], groups: Sequence[int], subgroup_size: int, *, eight_bit: bool
+    names: Sequence[str], shards: Sequence[Tensor], groups: Sequence[int], subgroup_size: int, *, eight_bit: bool = False
 ) -> Layout:
     """The flat state of some shards.
 
