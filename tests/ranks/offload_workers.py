@@ -75,7 +75,8 @@ def compare(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     engine = build(settings)
     expected = train(engine, 0, STEPS)
     wanted = state_of(engine)
-    paths = {"mode": "nvme", "subgroup_size": 6144, "nvme_paths": [str(folder)]}
+    size = 7 * 2048 if engine.config.optimizer.eight_bit else 8192
+    paths = {"mode": "nvme", "subgroup_size": size, "nvme_paths": [str(folder)]}
     engine = build({**settings, "offload": paths})
     inner = engine._optimizer._inner.offload.inner
     layout = inner.layout

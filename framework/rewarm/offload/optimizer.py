@@ -335,7 +335,12 @@ class OffloadedAdamW:
 
 
 def layout_of(
-    names: Sequence[str], shards: Sequence[Tensor], groups: Sequence[int], subgroup_size: int, *, eight_bit: bool = False
+    names: Sequence[str],
+    shards: Sequence[Tensor],
+    groups: Sequence[int],
+    subgroup_size: int,
+    *,
+    eight_bit: bool = False,
 ) -> Layout:
     """The flat state of some shards.
 
