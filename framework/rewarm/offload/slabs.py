@@ -57,19 +57,20 @@ class Layout:
     """Elements of every subgroup but the last."""
 
     @classmethod
-    def of(cls, shards: Sequence[Shard], subgroup_size: int) -> Layout:
+    def of(cls, shards: Sequence[Shard], subgroup_size: int, alignment: int = ALIGNMENT) -> Layout:
         """Lay shards end to end in the order given, which should be that of their first use in the forward pass.
 
         Args:
             shards: at least one, none empty.
             subgroup_size: wanted elements per subgroup; rounded up to the alignment.
+            alignment: elements that every shard and every subgroup begins at a multiple of.
         """
         assert shards and all(shard.numel > 0 for shard in shards) and subgroup_size > 0
         offsets, end = [], 0
         for shard in shards:
             offsets.append(end)
-            end += aligned(shard.numel)
-        return cls(tuple(shards), tuple(offsets), end, aligned(subgroup_size))
+            end += aligned(shard.numel, alignment)
+        return cls(tuple(shards), tuple(offsets), end, aligned(subgroup_size, alignment))
 
     @property
     def subgroups(self) -> int:
