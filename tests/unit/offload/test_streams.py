@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from rewarm.offload import adamw, execute
+from rewarm.offload import adamw, states
 from rewarm.offload.device import CudaDevice
 from rewarm.offload.execute import Executor
 from rewarm.offload.routes import Job, Placement
@@ -43,6 +43,9 @@ class Event:
 
     def synchronize(self) -> None:
         assert self._reached.wait(200), "an event was never reached"
+
+    def wait(self) -> None:
+        torch.cuda.current_stream().add(self.synchronize)
 
 
 class Stream:
@@ -85,8 +88,8 @@ class Cuda:
         patch.setattr(torch.cuda, "Event", Event)
         patch.setattr(torch.Tensor, "copy_", self._copied())
         patch.setattr(torch.Tensor, "is_pinned", lambda tensor: self._is_locked(tensor))
-        kernels = {name: self._queued(getattr(adamw, name)) for name in ("update", "update_split")}
-        patch.setattr(execute, "adamw", SimpleNamespace(AdamWStep=adamw.AdamWStep, **kernels))
+        kernels = {name: self._queued(getattr(adamw, name)) for name in ("update", "update_split", "update_8bit")}
+        patch.setattr(states, "adamw", SimpleNamespace(**(vars(adamw) | kernels)))
 
     def set_device(self, device: Any) -> None:
         self._here.device = device
@@ -187,10 +190,10 @@ def trained(
     placement = Placement(PLACEMENTS[name], slots=2, host_slots=2, split=kind == torch.bfloat16)
     pool = HostPool(pin=True)
     widths = {"parameter_type": kind, "gradient_type": gradients.dtype}
-    states = States(LAYOUT, placement, device, pool=pool, nvme_paths=[disk], **widths)
-    states.load(plain.master, *plain.moments, parameters)
+    state = States(LAYOUT, placement, device, pool=pool, nvme_paths=[disk], **widths)
+    state.load(plain.master, *plain.moments, parameters)
     job = Job(LAYOUT.numel, 0.0, 0.0, clip=clip, grad_bytes=4, param_bytes=kind.itemsize)
-    executor = Executor(LAYOUT, placement, job, device, states, parameters=parameters, gradients=gradients)
+    executor = Executor(LAYOUT, placement, job, device, state, parameters=parameters, gradients=gradients)
     for number in range(1, steps + 1):
         fresh = make_gradients(number, torch.float32)
         gradients.fill_(float("nan"))
@@ -202,9 +205,9 @@ def trained(
         executor.release()
         executor.finish()
         plain.step(number, fresh, 1.0)
-    ours = [parameters.clone(), *states.export(parameters)]
+    ours = [parameters.clone(), *state.export(parameters)]
     executor.close()
-    states.close()
+    state.close()
     pool.close()
     views = (ours, [plain.parameters, plain.master, *plain.moments])
     left, right = ([_view(LAYOUT, flat) for flat in flats] for flats in views)
