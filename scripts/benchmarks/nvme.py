@@ -3,11 +3,12 @@
     python scripts/benchmarks/nvme.py /local/nvme0 /local/nvme1 --gigabytes 1 --rounds 5
 
 Both write and read files with direct I/O in blocks of 1 MiB, 64 in flight over all paths, blob after blob. Each round
-runs fio and this project's store once, both with random data; medians count, because drives (and the hosts of virtual
-ones) have caches and moods. The project's buffers lie in huge pages where Linux grants them, which makes requests of
-fewer segments; fio's do not, so the store is timed from small pages as well. Then optimizer steps with all state on the
-paths are run, and what the process grew by is held against what the host pool says it took. fio has to be installed; a
-drive that others use at the same time measures them as well.
+runs fio and this project's store once, in changing order, both with random data; medians count, because drives (and the
+hosts of virtual ones) have caches and moods. The project's buffers lie in huge pages where Linux grants them, which
+makes requests of fewer segments; fio's do not, so the store is timed from small pages as well, and from buffers that
+begin where a huge page does. Then optimizer steps with all state on the paths are run, and what the process grew by is
+held against what the host pool says it took. fio has to be installed; a drive that others use at the same time measures
+them as well.
 """
 
 from __future__ import annotations
@@ -36,14 +37,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", type=Path, nargs="+", help="folders on local drives")
     parser.add_argument("--gigabytes", type=float, default=1.0, help="written and read per round")
-    parser.add_argument("--blob", type=int, default=256, help="MiB per blob, as one subgroup takes")
+    parser.add_argument("--blob", type=float, default=256, help="MiB per blob, as one subgroup takes")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--blocks", type=int, nargs="+", default=[1024], help="KiB per request of small pages")
     options = parser.parse_args()
     if shutil.which("fio") is None:
         parser.error("fio is not installed")
-    blobs = max(1, round(options.gigabytes * 1e9 / (options.blob * MIB)))
-    rates = bandwidths(options.paths, blobs, options.blob * MIB, options.rounds, options.blocks)
+    size = round(options.blob * MIB / mmap.PAGESIZE) * mmap.PAGESIZE
+    blobs = max(1, round(options.gigabytes * 1e9 / size))
+    rates = bandwidths(options.paths, blobs, size, options.rounds, options.blocks)
     print(f"{'GB/s, median of rounds':32}{'write':>8}{'read':>8}{'against fio':>24}")
     middle = {name: tuple(statistics.median(each[way]) for way in WAYS) for name, each in rates.items()}
     for name, both in middle.items():
@@ -60,11 +62,15 @@ def bandwidths(
     paths: list[Path], blobs: int, size: int, rounds: int, blocks: list[int]
 ) -> dict[str, dict[str, list[float]]]:
     """Who -> way -> bytes/s of each round; the first round, which writes where nothing was written, is left out."""
+    import torch
+
     from rewarm.offload import nvme
     from rewarm.offload.nvme import Store
+    from rewarm.offload.slabs import HostPool
 
     small = buffer(size, huge=False)
-    buffers = {"rewarm": (buffer(size, huge=True), nvme.BLOCK)}
+    pool = HostPool(pin=False).take(size, torch.uint8).random_()
+    buffers = {"rewarm": (pool, nvme.BLOCK), "rewarm, begins on a huge page": (buffer(size, huge=True), nvme.BLOCK)}
     buffers |= {f"rewarm, small pages, {block} KiB": (small, block << 10) for block in blocks}
     found: dict[str, dict[str, list[float]]] = {name: {way: [] for way in WAYS} for name in (*buffers, "fio")}
     store = Store(paths, [size] * blobs)
@@ -82,8 +88,9 @@ def bandwidths(
         folders = [stack.enter_context(tempfile.TemporaryDirectory(dir=path)) for path in paths]
         files = [str(Path(folder) / "fio") for folder in folders]
         for number in range(rounds + 1):
+            turn = number % len(found)
             for way in WAYS:
-                for name in found:
+                for name in (*list(found)[turn:], *list(found)[:turn]):
                     rate = move(name, way) if name in buffers else fio(files, way, blobs * size)
                     if number:
                         found[name][way].append(rate)
@@ -91,16 +98,14 @@ def bandwidths(
 
 
 def buffer(size: int, *, huge: bool) -> torch.Tensor:
-    """Random bytes in the pool's memory, or in small pages."""
+    """Random bytes that begin where a huge page does, or that lie in small ones."""
     import torch
 
-    from rewarm.offload.slabs import HostPool
-
-    if huge:
-        return HostPool(pin=False).take(size, torch.uint8).random_()
-    region = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    region.madvise(mmap.MADV_NOHUGEPAGE)
-    return torch.frombuffer(region, dtype=torch.uint8).random_()
+    region = mmap.mmap(-1, size + 2 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    start = torch.frombuffer(region, dtype=torch.uint8).data_ptr()
+    skip = -start % (2 * MIB)
+    region.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE, skip, size)
+    return torch.frombuffer(region, dtype=torch.uint8, count=size, offset=skip).random_()
 
 
 def fio(names: list[str], way: str, size: int) -> float:
