@@ -172,9 +172,14 @@ class HostPool:
         try:
             region = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
-            raise UserError(f"cannot get {size / 1e9:.2f} GB of host memory: {error.strerror}") from error
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            region.madvise(mmap.MADV_HUGEPAGE)
+            raise UserError(
+                f"cannot get {size / 1e9:.2f} GB of host memory: {error.strerror}",
+                fix="lower offload.host_memory, give offload.nvme_paths, or raise ulimit -v if it is set",
+            ) from error
+        # Direct I/O and a fork at the same time may leave the bytes in the child's copy of a page (open(2), notes).
+        for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+            if hasattr(mmap, advice):
+                region.madvise(getattr(mmap, advice))
         tensor = torch.frombuffer(region, dtype=torch.uint8)
         if self.node is not None:
             bind_to_node(tensor.data_ptr(), size, self.node)

@@ -116,3 +116,29 @@ def test_memory_is_bound_to_the_node_before_it_is_touched() -> None:
 def test_an_absent_node_is_refused() -> None:
     buffer = HostPool(pin=False).take(1 << 20, torch.uint8)
     assert not bind_to_node(buffer.data_ptr(), 1 << 20, 50)
+
+
+def test_memory_that_cannot_be_had_is_told() -> None:
+    with pytest.raises(UserError, match=r"cannot get 1125899\.91 GB of host memory: Cannot allocate") as caught:
+        HostPool(pin=False).take(1 << 50, torch.uint8)
+    assert "offload.host_memory" in str(caught.value)
+
+
+def flags_of(pointer: int) -> set[str]:
+    """What the kernel has noted of the mapping that an address lies in."""
+    here = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if not first.endswith(":"):
+            start, end = (int(part, 16) for part in first.split("-"))
+            here = start <= pointer < end
+        elif here and first == "VmFlags:":
+            return set(line.split()[1:])
+    raise AssertionError("it is not mapped")
+
+
+def test_a_child_gets_no_copy_of_what_a_drive_may_be_writing() -> None:
+    """After a fork Linux may give the bytes of a direct read to either of the two that share a page."""
+    not_copied = "dc"
+    assert not_copied in flags_of(HostPool(pin=False).take(1 << 20, torch.uint8).data_ptr())
+    assert not_copied not in flags_of(torch.ones(1 << 22).data_ptr())
