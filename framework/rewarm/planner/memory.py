@@ -11,9 +11,9 @@ from dataclasses import dataclass, fields
 
 from rewarm.config.offload import OffloadConfig
 from rewarm.config.run import RunConfig
-from rewarm.engine.layout import Layout
 from rewarm.errors import UserError
 from rewarm.model.architecture import Architecture
+from rewarm.model.layout import Layout
 from rewarm.planner.cluster import Cluster
 
 GIB = 2**30

@@ -27,7 +27,7 @@ from rewarm.engine.megatron import checkpoint, schedule
 from rewarm.engine.megatron.initialize import clear_padding, initialize
 from rewarm.engine.megatron.optimizer import Optimizer
 from rewarm.engine.megatron.transformer import Decoder, DecoderConfig, build_chunks, decoder_config
-from rewarm.model.architecture import Architecture
+from rewarm.model.architecture import Architecture, parameter_count
 
 
 class MegatronEngine(Engine):
@@ -276,7 +276,7 @@ class MegatronEngine(Engine):
 
     def parameter_count(self) -> int:
         """See :meth:`Engine.parameter_count`."""
-        return layout.parameter_count(self.architecture)
+        return parameter_count(self.architecture)
 
     def any_rank(self, flag: bool) -> bool:
         """See :meth:`Engine.any_rank`."""
