@@ -3,8 +3,10 @@
     python scripts/benchmarks/offload_step.py --layers 4 --hidden 512 --modes none cpu streamed deep_optimizer_states
 
 Every mode is one engine in one process, trained on the same windows; rounds go through the modes in turn, so that a
-machine that slows down slows them all. The losses must be equal to the bit. Without a GPU the state moves between two
-pools of host memory, over a link of the bandwidth given with --link, or as fast as memory.
+machine that slows down slows them all. A turn is several steps, at whose end the update must have ended: it may run
+beside the next step, not beside the next mode. The losses must be equal to the bit. Without a GPU the state moves
+between two pools of host memory, over a link of the bandwidth given with --link, or as fast as memory. With --apart
+every mode is also there with updates that begin after the backward pass and end before the next forward pass.
 """
 
 from __future__ import annotations
@@ -26,27 +28,51 @@ def main() -> None:
     parser.add_argument("--sequence", type=int, default=128)
     parser.add_argument("--micro-batches", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4, help="of a turn")
+    parser.add_argument("--apart", action="store_true", help="also without overlap with the forward and backward pass")
     parser.add_argument("--subgroup", type=int, default=2_000_000)
     parser.add_argument("--precision", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--link", type=float, help="without a GPU: GB/s each way of a link that stands in for one")
     options = parser.parse_args()
 
-    times: dict[str, list[float]] = {mode: [] for mode in options.modes}
-    losses: dict[str, list[float]] = {mode: [] for mode in options.modes}
-    engines = {mode: build(mode, options) for mode in options.modes}
+    modes = list(options.modes)
+    if options.apart:
+        modes += [f"{mode}, apart" for mode in options.modes if mode != "none"]
+    times: dict[str, list[float]] = {mode: [] for mode in modes}
+    losses: dict[str, list[float]] = {mode: [] for mode in modes}
+    engines = {mode: build(mode.removesuffix(", apart"), options) for mode in modes}
+    for mode in modes:
+        if mode.endswith(", apart"):
+            keep_apart(engines[mode])
     for number in range(options.rounds + 1):
-        batch = windows(number, options)
+        batches = [windows(number * options.steps + step, options) for step in range(options.steps)]
         for mode, engine in engines.items():
             start = time.perf_counter()
-            losses[mode].append(engine.train_step(batch, 1e-4).loss)
-            times[mode].append(time.perf_counter() - start)
-    count = engines[options.modes[0]].parameter_count()
+            losses[mode] += [engine.train_step(batch, 1e-4).loss for batch in batches]
+            engine._optimizer.finish()
+            times[mode].append((time.perf_counter() - start) / options.steps)
+    count = engines[modes[0]].parameter_count()
     print(f"{count / 1e6:.1f} million parameters, {options.micro_batches} micro-batches, {options.precision}")
-    reference = statistics.median(times[options.modes[0]][1:])
-    for mode in options.modes:
+    reference = statistics.median(times[modes[0]][1:])
+    for mode in modes:
         seconds = statistics.median(times[mode][1:])
-        equal = "equal losses" if losses[mode] == losses[options.modes[0]] else "OTHER LOSSES"
-        print(f"{mode:24}{seconds:9.3f} s a step{seconds / reference:8.2f} x   {equal}")
+        equal = "equal losses" if losses[mode] == losses[modes[0]] else "OTHER LOSSES"
+        print(f"{mode:30}{seconds:9.3f} s a step{seconds / reference:8.2f} x   {equal}")
+
+
+def keep_apart(engine: Any) -> None:
+    """Begin each update after the backward pass and end it before the next forward pass: not a setting of runs."""
+    inner = engine._optimizer._inner
+    engine._optimizer._overlap = None
+    for chunk in engine._wrapped:
+        chunk.update = None
+    inner.whole, step = True, inner.step
+
+    def whole_step() -> None:
+        inner.begin(inner.param_groups[0]["lr"])
+        step()
+
+    inner.step = whole_step
 
 
 def build(mode: str, options: argparse.Namespace) -> Any:

@@ -43,6 +43,7 @@ def train(engine: MegatronEngine, first: int, last: int) -> list[StepResult]:
 
 def state_of(engine: MegatronEngine) -> list[torch.Tensor]:
     """The model's parameters, and main parameters and moments of this rank's shards."""
+    engine._gather_parameters()
     found = [parameter.detach().clone() for chunk in engine.chunks for parameter in chunk.parameters()]
     sharded = engine._optimizer.sharded
     for parameter in sharded.model_param_gbuf_map:
@@ -157,8 +158,10 @@ def auto(settings: dict[str, Any], profile: Path, cpu_rate: float, device_memory
     places = [inner.placement.describe()]
     engine.dry_run(local_batch(engine, 0))
     places.append(inner.placement.describe())
+    job, beside = engine._optimizer._inner.offload._job, engine._optimizer._inner.offload._beside
     results = train(engine, 0, 45)
     places.append(inner.placement.describe())
     equal = [a.loss_sums.tobytes() == b.loss_sums.tobytes() for a, b in zip(results, expected, strict=True)]
     engine._optimizer.close()
-    return {"equal": equal, "places": places, "messages": messages}
+    hidden = {"passes": job.micro_batches, "forward": job.forward, "of the step": job.hidden / beside}
+    return {"equal": equal, "places": places, "messages": messages, "hidden": hidden}

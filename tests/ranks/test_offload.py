@@ -31,13 +31,15 @@ def test_fifty_steps_have_the_bits_of_the_plain_run(layout: str, disk: Path) -> 
 
 
 STREAMED = {**HALF, "offload": {"mode": "streamed", "subgroup_size": 8192, "slots": 2}}
+# Parameters are gathered within the step, so that the update ends there.
+APART = {"megatron": {"overlap_communication": False}}
 
 
 @pytest.mark.parametrize(
     ("before", "after"),
     [
         ((HALF, 2), (STREAMED, 2)),
-        ((STREAMED, 2), (HALF, 2)),
+        ((STREAMED | APART, 2), (HALF | APART, 2)),
         ((STREAMED, 1), ({**STREAMED, "parallel": {"tensor": 2}}, 2)),
     ],
     ids=["on", "off", "another layout"],
@@ -76,6 +78,8 @@ def test_without_a_gpu_there_is_room_beside_the_model(tmp_path: Path) -> None:
     (outcome,) = run_ranks(offload_workers.auto, 1, TIED, tmp_path / "profile.json", 1e9, None)
     assert all(outcome["equal"])
     assert outcome["places"][1] == "100% resident"
+    assert outcome["hidden"]["passes"] == 4 and outcome["hidden"]["forward"] > 1e-4
+    assert outcome["hidden"]["of the step"] == pytest.approx(1)
 
 
 def test_what_does_not_serve_is_refused_by_name(tmp_path: Path) -> None:

@@ -18,11 +18,13 @@ from rewarm.config.offload import OffloadConfig
 from rewarm.engine import ranks
 from rewarm.errors import UserError
 from rewarm.offload import adamw, profile
+from rewarm.offload.cores import divide
 from rewarm.offload.device import Device, open_device
 from rewarm.offload.execute import GroupStep
 from rewarm.offload.optimizer import Means, OffloadedAdamW, layout_of
-from rewarm.offload.placement import Scored, interleave
-from rewarm.offload.plan import Drift, calibrated, choose, plan
+from rewarm.offload.pipeline import predict
+from rewarm.offload.placement import interleave
+from rewarm.offload.plan import Drift, calibrated, choose, plan, update_seconds
 from rewarm.offload.routes import STATE_BYTES, Job, Machine, Placement
 from rewarm.offload.simulate import Timeline
 from rewarm.offload.slabs import HostPool, aligned
@@ -43,6 +45,8 @@ class Seat:
 
     node: str
     cores: tuple[int, ...]
+    numa_node: int | None
+    """Of its GPU."""
     host_free: float
     device_free: float
     parameters: int
@@ -98,13 +102,13 @@ class Offload:
         numel = 0 if layout is None else layout.numel
         self._job = Job(numel, 1e-6, 1e-6, grad_bytes=gradient_type.itemsize, param_bytes=param_bytes)
         cores = tuple(sorted(os.sched_getaffinity(0)))
-        seat = Seat(platform.node(), cores, profile.available_memory(), self._device_free(), numel)
+        seat = Seat(platform.node(), cores, self._device.node, profile.available_memory(), self._device_free(), numel)
         self._seats: list[Seat] = ranks.gather(seat)
         self._node = [rank for rank, other in enumerate(self._seats) if other.node == seat.node]
-        self.share = self._share(seat)
+        self.share = self._share()
         self._machine = self._measure()
         self._drift: Drift | None = None
-        self._late, self._steps, self._beside = False, 0, 0.0
+        self._late, self._steps, self._beside, self._overlaps = False, 0, 0.0, False
         self._room = self._machine.device_free
         if self._open_ended:
             # Until a step was rehearsed, only the buffers that state passes through are counted on.
@@ -140,12 +144,32 @@ class Offload:
 
         Under mode auto the time is held against the prediction, and the state is placed again where they have parted.
         """
-        timeline = None if self.inner is None else self.inner.step(number, gradients, groups, grad_scale)
+        if self.inner is not None:
+            self.inner.step(number, gradients, groups, grad_scale)
+        self._watch()
+
+    def release(self, grad_scale: float = 1.0) -> None:
+        """Let a step that :attr:`inner` has begun update, beside what follows; :meth:`step` has the rest."""
+        if self.inner is not None:
+            self.inner.release(grad_scale)
+        self._watch()
+
+    def finish(self) -> None:
+        """Wait for a step that was released; one that was only begun is undone.
+
+        Raises:
+            Exception: on every rank, if the update failed on one of them.
+        """
+        _together(lambda: None if self.inner is None else self.inner.finish())
+
+    def _watch(self) -> None:
+        """Hold the last step that has ended against the prediction."""
+        timeline = None if self.inner is None else self.inner.timeline
         if self.settings.mode != "auto":
             return
         self._steps += 1
         if timeline is not None and self._drift is not None:
-            expected, seconds = self._drift.predicted, timeline.seconds
+            expected, seconds = self._drift.predicted, update_seconds(timeline)
             matters = abs(seconds - expected) > _MATTERS * self._beside
             self._late |= self._drift.observe(seconds if matters else expected)
         # Every rank comes here in the same step, so that none waits for a decision of another in between.
@@ -153,14 +177,20 @@ class Offload:
             self._replan(timeline)
             self._late = False
 
-    def rehearsed(self, seconds: float, peak: float) -> None:
+    def rehearsed(self, seconds: float, peak: float, hides: tuple[float, float, int] | None = None) -> None:
         """Place the state again, now that a step's memory and time are known.
 
         Args:
             seconds: of the forward and backward passes of one step.
             peak: most bytes that were allocated on the device in them; without a GPU it is not looked at.
+            hides: seconds of one forward and of one backward pass, and passes in a step, where the update runs beside
+                the last backward pass and the next forward pass; None where both wait for it.
         """
         self._beside = seconds
+        self._overlaps = hides is not None
+        if hides is not None:
+            forward, backward, passes = hides
+            self._job = replace(self._job, forward=forward, backward=backward, micro_batches=passes)
         if self._open_ended:
             room = self._room
             if self._device.torch_device.type == "cuda":
@@ -170,6 +200,10 @@ class Offload:
                 room = max(0.0, (1 - _RESERVE) * total - others - peak + held)
                 room = min(ranks.gather(room)[rank] for rank in self._node)
             self._machine = replace(self._machine, device_free=room)
+        if hides is not None:
+            # Slots are held for good, so that those there are may be filled in the backward pass.
+            self._machine = replace(self._machine, device_free_backward=self._machine.device_free)
+        if self._open_ended or (hides is not None and self.settings.mode == "auto"):
             self._place(self._choose())
         if self.inner is not None:
             log.info("optimizer state: %s, in %d subgroups", self.inner.placement.describe(), self._subgroups)
@@ -193,14 +227,13 @@ class Offload:
         cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return float(torch.cuda.mem_get_info()[0] + cached)
 
-    def _share(self, seat: Seat) -> Share:
+    def _share(self) -> Share:
         index = self._node.index(torch.distributed.get_rank())
-        rivals = [rank for rank in self._node if self._seats[rank].cores == seat.cores]
-        size = len(seat.cores) // len(rivals)
-        first = size * rivals.index(torch.distributed.get_rank())
+        seats = [self._seats[rank] for rank in self._node]
+        mine = divide([each.cores for each in seats], [each.numa_node for each in seats])[index]
         # Without a GPU the model is computed on the same cores: the update may take them all, and wherever they are.
-        pinned = seat.cores[first : first + size] if size and self._device.pins else None
-        return Share(index, len(self._node), self.settings.cpu_threads or max(1, size - 1), pinned)
+        pinned = mine if mine and self._device.pins else None
+        return Share(index, len(self._node), self.settings.cpu_threads or max(1, len(mine) - 1), pinned)
 
     def _measure(self) -> Machine:
         """This rank's share of its node; rates only where a placement is computed from them."""
@@ -248,16 +281,22 @@ class Offload:
         if self.settings.mode != "auto":
             count = self._subgroups
             return _together(lambda: choose(self.settings, self._machine, self._job) if count else Placement(()))
-        scored = self._decide()
-        self._drift = Drift(scored.seconds)
-        return stretched(scored.placement, self._subgroups)
+        placement, seconds = self._decide()
+        self._drift = Drift(seconds)
+        return stretched(placement, self._subgroups)
 
-    def _decide(self) -> Scored:
+    def _decide(self) -> tuple[Placement, float]:
+        """The placement of this rank's node, and the seconds that its updates should take."""
         job = replace(self._job, parameters=max(1, *(self._seats[rank].parameters for rank in self._node)))
-        lead = self.share.index == 0
-        mine = _together(lambda: plan(self.settings, self._machine, job, self._beside) if lead else None)
-        scored: Scored = ranks.gather(mine)[self._node[0]]
-        return scored
+        beside = 0.0 if self._overlaps else self._beside
+
+        def decide() -> tuple[Placement, float]:
+            placement = plan(self.settings, self._machine, job, beside).placement
+            return placement, update_seconds(predict(self._machine, job, placement))
+
+        mine = _together(lambda: decide() if self.share.index == 0 else None)
+        decided: tuple[Placement, float] = ranks.gather(mine)[self._node[0]]
+        return decided
 
     def _replan(self, timeline: Timeline | None) -> None:
         """Place again by the rates that the last step saw; if nothing changes, what is measured is expected."""
@@ -272,7 +311,7 @@ class Offload:
         placement = self._choose()
         before = None if self.inner is None else self.inner.placement
         self._place(placement)
-        measured = 0.0 if timeline is None else timeline.seconds
+        measured = 0.0 if timeline is None else update_seconds(timeline)
         if before is not None and before.renamed("") == placement.renamed(""):
             self._drift = Drift(measured)
             log.info("updates take %.3f s, not as predicted; the placement is still the best", measured)

@@ -41,7 +41,7 @@ class Device(Protocol):
         """A point in the work queued so far by the calling thread."""
 
     def wait(self, mark: Any) -> None:
-        """Block until a marked point is reached."""
+        """Block until a marked point, or a collective whose handle is given instead, is reached."""
 
     def settle(self) -> None:
         """Block until the work queued by the calling thread is done."""
@@ -57,7 +57,11 @@ def check_copy(target: torch.Tensor, source: torch.Tensor) -> None:
 
 
 class CudaDevice:
-    """A CUDA device with a stream per lane."""
+    """A CUDA device with a stream per lane.
+
+    A lane is a thread. What it queues is waited for on the host before the lane says that it is done, so memory never
+    changes hands between streams while one of them still works on it, and the allocator needs to be told nothing.
+    """
 
     pins = True
 
@@ -85,16 +89,20 @@ class CudaDevice:
             yield
 
     def mark(self) -> Any:
-        """An event recorded on the current stream."""
-        return torch.cuda.current_stream(self.torch_device).record_event()
+        """An event recorded on the current stream of the calling thread.
+
+        Whoever waits for it sleeps: the threads that would spin otherwise take cores from the CPU's update.
+        """
+        return torch.cuda.current_stream(self.torch_device).record_event(torch.cuda.Event(blocking=True))
 
     def wait(self, mark: Any) -> None:
-        """Block the thread until the event."""
-        mark.synchronize()
+        """Let the current stream wait for an event or a collective, and the thread for the stream."""
+        mark.wait()
+        self.settle()
 
     def settle(self) -> None:
-        """Block the thread until the current stream is empty."""
-        torch.cuda.current_stream(self.torch_device).synchronize()
+        """Block the thread until its current stream is empty."""
+        self.mark().synchronize()
 
     def pace_host(self, elements: int, began: float) -> None:
         """The host is as fast as it is."""
@@ -174,8 +182,10 @@ class ThrottledDevice:
     def mark(self) -> None:
         """Work is done when its call returns."""
 
-    def wait(self, mark: None) -> None:
-        """Work is done when its call returns."""
+    def wait(self, mark: Any) -> None:
+        """Work is done when its call returns, but for that of an asynchronous collective."""
+        if mark is not None:
+            mark.wait()
 
     def settle(self) -> None:
         """Work is done when its call returns."""
@@ -186,14 +196,22 @@ class ThrottledDevice:
             time.sleep(ahead)
 
 
-def numa_node(index: int) -> int | None:
-    """NUMA node of a CUDA device, None where the machine has one node or does not say."""
-    if len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))) < 2:
+def numa_node(index: int, system: Path = Path("/sys")) -> int | None:
+    """NUMA node of a CUDA device, None where the machine has one node or does not say.
+
+    Args:
+        index: of the device.
+        system: where Linux describes the machine.
+    """
+    if len(list((system / "devices/system/node").glob("node[0-9]*"))) < 2:
         return None
     properties = torch.cuda.get_device_properties(index)
-    address = f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
+    parts: list[Any] = [getattr(properties, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
+    if None in parts:
+        return None  # older versions of torch do not know the address
+    address = "{:04x}:{:02x}:{:02x}.0".format(*parts)
     try:
-        node = int((Path("/sys/bus/pci/devices") / address / "numa_node").read_text())
+        node = int((system / "bus/pci/devices" / address / "numa_node").read_text())
     except (OSError, ValueError):
         return None
     return node if node >= 0 else None

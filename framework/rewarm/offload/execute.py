@@ -10,6 +10,7 @@ moved as it is, so parameters and moments have the bits of the update without of
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import threading
@@ -28,6 +29,8 @@ from rewarm.offload.routes import Job, Machine, Placement
 from rewarm.offload.simulate import Task, Timeline
 from rewarm.offload.slabs import Layout
 from rewarm.offload.states import States
+
+log = logging.getLogger(__name__)
 
 _EXTERNAL = ("backward", "barrier", "forward")
 
@@ -75,9 +78,16 @@ class _Step:
     done: list[threading.Event]
     start: list[float]
     end: list[float]
-    marks: dict[int, Any] = field(default_factory=dict)
+    marks: dict[int, Sequence[Any]] = field(default_factory=dict)
     constants: list[adamw.AdamWStep] = field(default_factory=list)
     error: BaseException | None = None
+    released: bool = False
+    abandoned: bool = False
+
+    @property
+    def stopped(self) -> bool:
+        """True if what is left of it must not be done."""
+        return self.abandoned or self.error is not None
 
 
 class Executor:
@@ -119,7 +129,7 @@ class Executor:
         self.tasks = step_tasks(_UNIT_MACHINE, job, placement)
         self.index = {(task.kind, task.subgroup): i for i, task in enumerate(self.tasks)}
         self.step: _Step | None = None
-        self.failed = False
+        self.failure: BaseException | None = None
         self._actions = self._table()
         self._lanes = self._start_lanes()
 
@@ -131,7 +141,7 @@ class Executor:
             groups: settings of each parameter group of the layout.
         """
         assert self.step is None, "the step before has not been finished"
-        assert not self.failed, "a lane failed in an earlier step: the state is not whole any more"
+        assert self.failure is None, "a lane failed in an earlier step: the state is not whole any more"
         count = len(self.tasks)
         step = _Step(number, groups, [threading.Event() for _ in range(count)], [0.0] * count, [0.0] * count)
         self.step, self._began = step, time.perf_counter()
@@ -145,9 +155,15 @@ class Executor:
         assert self.step is None, "the step before has not been finished"
         self.gradients = self._gradients = gradients
 
-    def gradient_ready(self, subgroup: int) -> None:
-        """All work that writes this subgroup's gradient has been queued by the calling thread."""
-        self._signal("backward", subgroup)
+    def gradient_ready(self, subgroup: int, marks: Sequence[Any] | None = None) -> None:
+        """A subgroup's gradient is there as soon as the work that was queued for it is done.
+
+        Args:
+            subgroup: its index.
+            marks: of all that work (:meth:`~rewarm.offload.device.Device.wait`); None means that the calling thread
+                has queued it.
+        """
+        self._signal("backward", subgroup, marks)
 
     def release(self, grad_scale: float = 1.0) -> None:
         """Begin the updates.
@@ -160,7 +176,21 @@ class Executor:
         assert self.job.clip or grad_scale == 1.0, "without clipping the update does not wait for a factor"
         if self.job.clip:
             self._prepare(step, grad_scale)
+        step.released = True
         self._signal("barrier", None)
+
+    def abandon(self) -> None:
+        """Undo a step that was begun and not released; returns when nothing of it runs any more.
+
+        What has happened until then leaves no trace: state was copied into slots, gradients to the host.
+        """
+        step = self._running()
+        assert self.job.clip and not step.released, "updates may have been made already"
+        step.abandoned = True
+        for i, task in enumerate(self.tasks):
+            if task.kind in _EXTERNAL:
+                step.done[i].set()
+        self._drain(step)
 
     def wait_parameters(self, subgroup: int) -> None:
         """Block until a subgroup's new parameters are on the device."""
@@ -168,23 +198,33 @@ class Executor:
         key = ("upload", subgroup) if ("upload", subgroup) in self.index else ("update", subgroup)
         step.done[self.index[key]].wait()
         self._raise(step)
+        gate = self.index[("forward", subgroup)]
+        if not step.done[gate].is_set():
+            self._signal("forward", subgroup, ())
+
+    def wait_gradients(self) -> None:
+        """Block until nothing of this step reads a gradient any more."""
+        step = self._running()
+        for i, task in enumerate(self.tasks):
+            # The device updates from the gradients themselves, the CPU from its copy.
+            reads = task.kind == "update" and self.placement.routes[_subgroup(task)].on_device
+            if reads or task.kind == "gradient":
+                step.done[i].wait()
+        self._raise(step)
 
     def finish(self) -> Timeline:
         """Block until the step's last copy is done.
 
         Returns:
-            When each task ran, seconds from :meth:`begin`; a compute task has the moment at which it was signalled.
+            When each task ran, seconds from :meth:`begin`; a compute task has the moment at which it was signalled,
+            and a forward task is there if its parameters were waited for.
         """
         step = self._running()
-        for i, task in enumerate(self.tasks):
-            if task.kind not in _EXTERNAL:
-                step.done[i].wait()
-        self.step = None
-        self._raise(step)
+        self._drain(step)
         shift = self._began
         start = tuple(max(0.0, moment - shift) for moment in step.start)
         end = tuple(max(0.0, moment - shift) for moment in step.end)
-        rows = [i for i, task in enumerate(self.tasks) if task.kind != "forward"]
+        rows = [i for i, task in enumerate(self.tasks) if task.kind != "forward" or step.done[i].is_set()]
         renumbered = tuple(self.tasks[i] for i in rows)
         return Timeline(renumbered, tuple(start[i] for i in rows), tuple(end[i] for i in rows))
 
@@ -197,11 +237,19 @@ class Executor:
         return self.finish()
 
     def close(self) -> None:
-        """End the lanes. The state stays where it is."""
+        """End the lanes, after what was released. The state stays where it is."""
+        step, patience = self.step, None
+        if step is not None and not step.released:
+            # After an error elsewhere: a lane may stand in a collective that never ends, and holds nothing else.
+            step.abandoned, patience = True, 5.0
+            for event in step.done:
+                event.set()
         for tasks in self._lanes.values():
             tasks.put(None)
         for thread in self._threads:
-            thread.join()
+            thread.join(patience)
+        if step is not None and step.error is not None and self.failure is None:
+            log.error("the last update of the optimizer's state failed", exc_info=step.error)
 
     def _running(self) -> _Step:
         assert self.step is not None, "no step has begun"
@@ -210,16 +258,23 @@ class Executor:
     def _prepare(self, step: _Step, grad_scale: float) -> None:
         step.constants.extend(group.constants(step.number, grad_scale) for group in step.groups)
 
-    def _signal(self, kind: str, subgroup: int | None) -> None:
+    def _signal(self, kind: str, subgroup: int | None, marks: Sequence[Any] | None = None) -> None:
         step = self._running()
         i = self.index[(kind, subgroup)]
-        step.marks[i] = self.device.mark()
+        step.marks[i] = (self.device.mark(),) if marks is None else marks
         step.start[i] = step.end[i] = time.perf_counter()
         step.done[i].set()
 
+    def _drain(self, step: _Step) -> None:
+        for i, task in enumerate(self.tasks):
+            if task.kind not in _EXTERNAL:
+                step.done[i].wait()
+        self.step = None
+        self._raise(step)
+
     def _raise(self, step: _Step) -> None:
         if step.error is not None:
-            self.failed = True
+            self.failure = step.error
             raise step.error
 
     def _start_lanes(self) -> dict[str, queue.SimpleQueue[_Step | None]]:
@@ -250,10 +305,10 @@ class Executor:
         try:
             for earlier in task.after:
                 step.done[earlier].wait()
-                if step.error is None and earlier in step.marks:
-                    self.device.wait(step.marks[earlier])
+                for mark in () if step.stopped else step.marks.get(earlier, ()):
+                    self.device.wait(mark)
             step.start[i] = time.perf_counter()
-            if step.error is None:
+            if not step.stopped:
                 self._actions[task.kind](step, task)
         except BaseException as error:
             step.error = step.error or error

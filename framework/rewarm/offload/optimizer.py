@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,9 +44,13 @@ class Means:
 class OffloadedAdamW:
     """Updates an engine's shards in place; the fp32 state lives where the placement says.
 
+    A step is :meth:`begin`, :meth:`ready` for each shard, and :meth:`release`, after which it runs beside whatever the
+    engine does next, until :meth:`finish`. Whoever reads or writes the state finishes it first.
+
     Attributes:
         layout: the flat state and its cut.
         placement: the route of each subgroup.
+        timeline: when each task of the step that was finished last ran; None if there was none since the state moved.
     """
 
     def __init__(
@@ -82,6 +87,9 @@ class OffloadedAdamW:
         widths = {"grad_bytes": means.gradient_type.itemsize, "param_bytes": self._parameters.dtype.itemsize}
         self._job = replace(job, parameters=self.layout.numel, **widths)
         self._executor: Executor | None = None
+        self._given: Sequence[Tensor] | None = None
+        self._waiting: set[int] = set()
+        self.timeline: Timeline | None = None
         self._held: tuple[int, Tensor, Tensor, Tensor] | None = None
         self._changed = False
         self.states = self._open(placement)
@@ -90,16 +98,28 @@ class OffloadedAdamW:
     def step(
         self, number: int, gradients: Sequence[Tensor], groups: Sequence[GroupStep], grad_scale: float = 1.0
     ) -> Timeline:
-        """Update every shard from its reduced gradient.
+        """Update every shard from its reduced gradient; the step has ended when this returns.
 
         Args:
-            number: the step, from 1.
-            gradients: flat, in the order of the shards, of the type announced.
-            groups: settings of each parameter group.
-            grad_scale: unscale factor times clip factor.
+            number, gradients, groups: see :meth:`begin`.
+            grad_scale: see :meth:`release`.
 
         Returns:
             When each task ran.
+        """
+        self.begin(number, gradients, groups)
+        self.release(grad_scale)
+        timeline = self.finish()
+        assert timeline is not None
+        return timeline
+
+    def begin(self, number: int, gradients: Sequence[Tensor], groups: Sequence[GroupStep]) -> None:
+        """Start a step, after the one before has ended: state is read and fetched from now on.
+
+        Args:
+            number: the step, from 1.
+            gradients: flat, in the order of the shards, of the type announced; none is read before it is ready.
+            groups: settings of each parameter group.
         """
         kind = self._means.gradient_type
         for gradient in gradients:
@@ -107,9 +127,84 @@ class OffloadedAdamW:
         self.settle()
         if self._executor is None:
             self._executor = self._start(Pieces(self.layout, gradients))
-        else:
+        elif gradients is not self._given:
             self._executor.use_gradients(Pieces(self.layout, gradients))
-        return self._executor.run_step(number, groups, grad_scale)
+        self._given = gradients
+        self._waiting = set(range(len(self.layout.shards)))
+        self._marks: list[list[Any]] = [[] for _ in self._cuts]
+        self._executor.begin(number, groups)
+
+    def ready(self, shard: int, mark: Any = None) -> None:
+        """A shard's gradient is final: it may be copied to the host.
+
+        Args:
+            shard: its index.
+            mark: handle of the collective that computes it; None means that the calling thread has queued all work.
+        """
+        assert self._executor is not None and shard in self._waiting, "no such gradient is waited for"
+        self._waiting.remove(shard)
+        mark = self._device.mark() if mark is None else mark
+        for subgroup in self.layout.subgroups_of(shard):
+            marks = self._marks[subgroup]
+            marks.append(mark)
+            if len(marks) == len(self._cuts[subgroup]):
+                self._executor.gradient_ready(subgroup, marks)
+
+    def release(self, grad_scale: float = 1.0) -> None:
+        """Let the updates begin; gradients that were not ready are now.
+
+        Args:
+            grad_scale: unscale factor times clip factor.
+        """
+        assert self._executor is not None
+        for shard in sorted(self._waiting, reverse=True):
+            self.ready(shard)
+        self._executor.release(grad_scale)
+
+    @property
+    def begun(self) -> bool:
+        """True between :meth:`begin` and :meth:`release`."""
+        return self._executor is not None and self._executor.step is not None and not self._executor.step.released
+
+    @property
+    def updating(self) -> bool:
+        """True from :meth:`release` until the step was finished."""
+        return self._executor is not None and self._executor.step is not None and self._executor.step.released
+
+    def wait(self, shard: int) -> None:
+        """Block until an update that was released has written a shard's parameters."""
+        if self.updating:
+            assert self._executor is not None
+            for subgroup in self.layout.subgroups_of(shard):
+                self._executor.wait_parameters(subgroup)
+
+    def wait_gradients(self) -> None:
+        """Block until an update that was released reads no gradient any more."""
+        if self.updating:
+            assert self._executor is not None
+            self._executor.wait_gradients()
+
+    def finish(self) -> Timeline | None:
+        """Block until the step that was released has ended; one that was only begun is undone.
+
+        Returns:
+            When each task ran; None if there was no step.
+
+        Raises:
+            BaseException: what went wrong in a lane, in this step or an earlier one: the state is not whole any more.
+        """
+        executor = self._executor
+        if executor is None:
+            return None
+        if executor.failure is not None:
+            raise executor.failure
+        if executor.step is None:
+            return None
+        if not executor.step.released:
+            executor.abandon()
+            return None
+        self.timeline = executor.finish()
+        return self.timeline
 
     def read(self, shard: int, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Master and moments of a shard as new fp32 host tensors: what a plain optimizer would checkpoint.
@@ -153,7 +248,8 @@ class OffloadedAdamW:
                     yield subgroup, slice(first + shift, last + shift), slice(first - start, last - start)
 
     def settle(self) -> None:
-        """Put what was written last where it belongs, and let go of the host copy."""
+        """Finish a step, put what was written last where it belongs, and let go of the host copy."""
+        self.finish()
         if self._held is not None and self._changed:
             self.states.put(*self._held)
         self._held, self._changed = None, False
@@ -175,11 +271,12 @@ class OffloadedAdamW:
         self.settle()
         state = self.states.export(self._parameters)
         self.close()
+        self.timeline = None
         self.states = self._open(placement)
         self.states.load(*state, self._parameters)
 
     def close(self) -> None:
-        """End the threads and give memory and files back."""
+        """End the threads, after an update that was released, and give memory and files back."""
         if self._executor is not None:
             self._executor.close()
             self._executor = None

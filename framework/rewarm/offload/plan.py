@@ -108,6 +108,14 @@ class Drift:
         return self._steps >= self.patience
 
 
+def update_seconds(timeline: Timeline) -> float:
+    """From the release of the updates to the end of the last of them and its copies; what the engine computes beside
+    them does not count."""
+    released = timeline.end_of("barrier")
+    rows = zip(timeline.tasks, timeline.end, strict=True)
+    return max((end for task, end in rows if task.lane != "compute"), default=released) - released
+
+
 def moved(before: Placement, after: Placement) -> list[tuple[int, Route, Route]]:
     """Subgroups whose route changes between two placements: what a replan migrates at a step boundary."""
     pairs = enumerate(zip(before.routes, after.routes, strict=True))

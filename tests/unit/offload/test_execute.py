@@ -217,6 +217,29 @@ def test_a_slow_link_changes_nothing_and_parameters_are_waited_for(name: str, di
     executor.states.close()
 
 
+@pytest.mark.parametrize("name", ["all five", "nvme_streamed"])
+def test_a_step_that_is_abandoned_leaves_no_trace(name: str, disk: Path) -> None:
+    plain = Plain(torch.bfloat16)
+    parameters, gradients = torch.empty_like(plain.parameters), torch.zeros(LAYOUT.numel)
+    executor = open_executor(PLACEMENTS[name], parameters, gradients, disk, split=True, rate=40e6)
+    executor.states.load(plain.master, *plain.moments, parameters)
+    for number, announced in enumerate((0, COUNT // 2, COUNT), start=1):
+        gradients.fill_(float("nan"))
+        executor.begin(number, groups(number))
+        for subgroup in list(reversed(range(COUNT)))[:announced]:
+            executor.gradient_ready(subgroup)
+        executor.abandon()
+        assert_same(executor, plain)
+        gradients.copy_(make_gradients(number, torch.float32))
+        plain.step(number, gradients, scale(number))
+        check(executor.run_step(number, groups(number), scale(number)), COUNT)
+        assert_same(executor, plain)
+    executor.begin(4, groups(4))
+    executor.close()  # ends what nobody will release
+    assert_same(executor, plain)
+    executor.states.close()
+
+
 def test_another_placement_continues_from_the_exported_state(disk: Path) -> None:
     plain = Plain(torch.bfloat16)
     parameters, gradients = torch.empty_like(plain.parameters), torch.zeros(LAYOUT.numel, dtype=torch.bfloat16)

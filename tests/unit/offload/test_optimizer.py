@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rewarm.offload import adamw
 from rewarm.offload.device import ThrottledDevice
 from rewarm.offload.execute import GroupStep
-from rewarm.offload.optimizer import Means, OffloadedAdamW
+from rewarm.offload.optimizer import Means, OffloadedAdamW, layout_of
 from rewarm.offload.placement import interleave
 from rewarm.offload.routes import Job, Placement, Route
 from rewarm.offload.slabs import HostPool, Layout, Shard
@@ -141,6 +141,59 @@ def test_losses_are_equal_and_so_is_a_run_that_changes_its_placement(dtype: torc
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     for ours, theirs in zip(model.parameters(), plain_model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+    offloaded.close()
+
+
+def by_pieces(offloaded: OffloadedAdamW, number: int, gradients: Sequence[Tensor], factor: float) -> None:
+    """A step whose gradients come one after the other, the last one with its release; some are given up first."""
+    arriving = [torch.full_like(gradient, math.nan) for gradient in gradients]
+    offloaded.begin(number, arriving, SETTINGS)
+    if number % 3 == 0:
+        for shard in range(number % 4, len(gradients)):
+            offloaded.ready(shard)
+        offloaded.finish()
+        offloaded.begin(number, arriving, SETTINGS)
+    for shard in reversed(range(1, len(gradients))):
+        offloaded.ready(shard, Arrival(arriving[shard], gradients[shard]))
+    assert offloaded.begun and not offloaded.updating
+    arriving[0].copy_(gradients[0])
+    offloaded.release(factor)
+    assert offloaded.updating and not offloaded.begun
+
+
+class Arrival:
+    """What a collective's handle is: the values are there after a wait for it."""
+
+    def __init__(self, target: Tensor, values: Tensor) -> None:
+        self.target, self.values = target, values
+
+    def wait(self) -> None:
+        self.target.copy_(self.values)
+
+
+@pytest.mark.parametrize("choice", range(3))
+def test_a_step_in_pieces_is_the_whole_one(choice: int, disk: Path) -> None:
+    plain_model = Tied(torch.bfloat16)
+    plain = Plain(plain_model)
+    expected = train(plain_model, plain, range(1, 13))
+    model = Tied(torch.bfloat16)
+    subgroups = layout_of(*shards_of(model), SIZE).subgroups
+    offloaded = adapter(model, placements(subgroups)[choice], disk)
+    losses: list[float] = []
+
+    def update(number: int, gradients: Sequence[Tensor], factor: float) -> None:
+        by_pieces(offloaded, number, gradients, factor)
+        if number % 2:  # the parameters are complete when all were waited for, the state when it is read
+            for shard in range(len(gradients)):
+                offloaded.wait(shard)
+        else:
+            offloaded.read(0)
+            assert not offloaded.updating
+
+    losses = train(model, update, range(1, 13))
+    assert losses == expected
+    for ours, theirs in zip(offloaded.state(), plain.state, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     offloaded.close()
 
 

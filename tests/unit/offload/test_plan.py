@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from rewarm.config.offload import OffloadConfig
 from rewarm.errors import UserError
 from rewarm.offload.device import ThrottledDevice
-from rewarm.offload.plan import Drift, moved, plan
+from rewarm.offload.pipeline import predict
+from rewarm.offload.plan import Drift, moved, plan, update_seconds
 from rewarm.offload.profile import Profile, cache_path, describe, load, measure
 from rewarm.offload.routes import Job, Machine, Placement, Route
 
@@ -131,3 +132,10 @@ def test_the_fingerprint_tells_threads_and_paths_apart(monkeypatch: pytest.Monke
     assert len(prints) == 3 and describe(device, 1)[0] in prints
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_path("abc") == tmp_path / "rewarm" / "offload" / "abc.json"
+
+
+@pytest.mark.parametrize("forward", [1e-6, 0.1, 2.0])
+def test_the_time_of_an_update_does_not_count_what_is_computed_beside_it(forward: float) -> None:
+    job = replace(JOB, forward=forward, backward=2 * forward)
+    timeline = predict(replace(MACHINE, device_free=40e9), job, Placement((Route.RESIDENT,) * 40))
+    assert update_seconds(timeline) == pytest.approx(job.parameters / MACHINE.device_rate)

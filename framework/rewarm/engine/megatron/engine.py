@@ -12,11 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
 from torch import Tensor
 
 from rewarm.config.run import RunConfig
@@ -26,6 +22,7 @@ from rewarm.engine.gradients import gradient_statistics
 from rewarm.engine.megatron import checkpoint, schedule
 from rewarm.engine.megatron.initialize import clear_padding, initialize
 from rewarm.engine.megatron.optimizer import Optimizer
+from rewarm.engine.megatron.overlap import Replica, forward_seconds
 from rewarm.engine.megatron.transformer import Decoder, DecoderConfig, build_chunks, decoder_config
 from rewarm.model.architecture import Architecture, parameter_count
 
@@ -52,7 +49,7 @@ class MegatronEngine(Engine):
         else:
             clear_padding(self.chunks, architecture)
         self._wrapped = self._wrap(self.chunks)
-        self._optimizer = Optimizer(config.optimizer, self._wrapped, self._decoder.bf16, config.offload)
+        self._optimizer = Optimizer(config.optimizer, self._wrapped, self._decoder, config.offload)
 
     def _join_parallel_groups(self) -> None:
         parallel = self.config.parallel
@@ -76,7 +73,7 @@ class MegatronEngine(Engine):
     def _interleaved(self) -> bool:
         return self.layout.virtual_pipeline > 1
 
-    def _wrap(self, chunks: Sequence[Decoder]) -> list[DistributedDataParallel]:
+    def _wrap(self, chunks: Sequence[Decoder]) -> list[Replica]:
         overlap = self.config.megatron.overlap_communication and self.layout.data > 1
         settings = DistributedDataParallelConfig(
             use_distributed_optimizer=True,
@@ -85,7 +82,7 @@ class MegatronEngine(Engine):
             overlap_param_gather=overlap,
         )
         wrapped = [
-            _Replica(self._decoder, settings, chunk, disable_bucketing=index > 0) for index, chunk in enumerate(chunks)
+            Replica(self._decoder, settings, chunk, disable_bucketing=index > 0) for index, chunk in enumerate(chunks)
         ]
         self._decoder.finalize_model_grads_func = _finalize
         if overlap:
@@ -94,22 +91,37 @@ class MegatronEngine(Engine):
 
     def train_step(self, batch: Batch, learning_rate: float) -> StepResult:
         """See :meth:`Engine.train_step`."""
-        sums, counts = self._forward_backward(batch)
+        sums, counts = self._forward_backward(batch, learning_rate)
         norm, updated = self._optimizer.step(learning_rate)
         return StepResult(sums, counts, norm, skipped=not updated)
 
     def dry_run(self, batch: Batch) -> None:
         """See :meth:`Engine.dry_run`."""
-        state, started = self.rng_state(), time.perf_counter()
-        self._forward_backward(batch)
-        device.synchronize()
-        self._optimizer.rehearsed(time.perf_counter() - started)
+        state = self.rng_state()
+        if self.config.offload.mode == "auto":
+            self._forward_backward(batch)  # the first pass takes longer than those that a placement is made for
+            device.synchronize()
+        with forward_seconds(self.chunks) as forward:
+            started = time.perf_counter()
+            self._forward_backward(batch)
+            device.synchronize()
+        seconds, passes = time.perf_counter() - started, self.layout.num_microbatches
+        filled = passes + (self.layout.pipeline - 1) / self.layout.virtual_pipeline  # a pipeline fills and drains
+        each = sum(forward) / passes
+        self._optimizer.rehearsed(seconds, each, max(0.0, seconds / filled - each), passes)
         for chunk in self._wrapped:
             chunk.zero_grad_buffer()
         self.set_rng_state(state)
 
-    def _forward_backward(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-        """Loss sums and token counts per domain over all ranks; gradients lie reduced in the buffers."""
+    def _forward_backward(self, batch: Batch, learning_rate: float | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Loss sums and token counts per domain over all ranks; gradients lie reduced in the buffers.
+
+        Args:
+            batch: this rank's windows.
+            learning_rate: of the update that follows, None if none does.
+        """
+        if learning_rate is None:
+            self._optimizer.finish()
         length = batch.tokens.shape[1] - 1
         counts = np.full(len(batch.tokens), length) if batch.loss_mask is None else batch.loss_mask.sum(axis=1)
         total = counts.sum() * self.layout.data
@@ -121,7 +133,8 @@ class MegatronEngine(Engine):
         stages = self.layout.pipeline if self._interleaved else 1
         size = min(self.config.batch.micro_batch_size, len(batch.tokens) // stages)
         batches = schedule.split(batch.tokens, batch.loss_mask, size, batch.loss_weights)
-        losses = schedule.train(self._wrapped, batches, max(1, int(total)))
+        with self._optimizer.passes(len(batches), learning_rate):
+            losses = schedule.train(self._wrapped, batches, max(1, int(total)))
         measured: np.ndarray = np.zeros((2, self._num_domains))
         if self._reports:
             per_window = torch.cat(losses).cpu().numpy(), counts
@@ -207,7 +220,8 @@ class MegatronEngine(Engine):
                 chunk.train()
 
     def _gather_parameters(self) -> None:
-        """Finish the gathering of updated parameters that an overlapped step leaves to the next forward pass."""
+        """Finish the update and the gathering of parameters that an overlapped step leaves to the next forward pass."""
+        self._optimizer.finish()
         for chunk in self._wrapped:
             if chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
@@ -219,6 +233,7 @@ class MegatronEngine(Engine):
 
     def load(self, folder: Path, *, optimizer: bool = True) -> None:
         """See :meth:`Engine.load`."""
+        self._optimizer.finish()
         checkpoint.load(folder, self.architecture, self.chunks, self._optimizer if optimizer else None)
         if not optimizer:
             self._optimizer.weights_changed()
@@ -227,6 +242,7 @@ class MegatronEngine(Engine):
         """See :meth:`Engine.import_huggingface`."""
         from rewarm.engine.megatron.weights import import_weights
 
+        self._optimizer.finish()
         import_weights(self.chunks, self.architecture, folder)
         self._optimizer.weights_changed()
 
@@ -257,12 +273,14 @@ class MegatronEngine(Engine):
         """See :meth:`Engine.save_portable`."""
         from rewarm.engine.megatron.portable import save_portable
 
+        self._gather_parameters()
         save_portable(folder, self.architecture, self.chunks, self._optimizer)
 
     def load_portable(self, folder: Path) -> None:
         """See :meth:`Engine.load_portable`."""
         from rewarm.engine.megatron.portable import load_portable
 
+        self._optimizer.finish()
         load_portable(folder, self.architecture, self.chunks, self._optimizer)
 
     def rng_state(self) -> Any:
@@ -302,27 +320,12 @@ class MegatronEngine(Engine):
             dist.destroy_process_group()
 
 
-class _Replica(DistributedDataParallel):
-    """Megatron-Core's replica of a chunk, without collectives where there is no other replica: they would copy every
-    gradient and every parameter onto itself."""
-
-    def finish_grad_sync(self, *args: Any, **kwargs: Any) -> None:
-        """See the base class."""
-        if self.dp_group.size() > 1:
-            super().finish_grad_sync(*args, **kwargs)
-
-    def start_param_sync(self, *args: Any, **kwargs: Any) -> None:
-        """See the base class."""
-        if self.dp_group.size() > 1:
-            super().start_param_sync(*args, **kwargs)
-
-
 def _finalize(chunks: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
     """Reduce the gradients. The loss was divided by the tokens of the global batch: no scaling is left to do."""
     finalize_model_grads(chunks, None, **kwargs)
 
 
-def _hook_overlap(decoder: DecoderConfig, wrapped: Sequence[DistributedDataParallel]) -> None:
+def _hook_overlap(decoder: DecoderConfig, wrapped: Sequence[Replica]) -> None:
     """Tell the schedules when gradients may be reduced and parameters gathered."""
     if len(wrapped) == 1:
         decoder.no_sync_func = wrapped[0].no_sync

@@ -25,20 +25,28 @@ from rewarm.offload.execute import GroupStep
 class _Owned:
     """This rank's shard of a parameter."""
 
-    parameter: Tensor
+    parameter: Any
     """The model's, whole."""
     shard: Tensor
     """Flat view of this rank's part of it."""
     main: Tensor
     """What the inner optimizer holds in its groups: the shard itself in fp32, else its fp32 copy."""
+    gradient: Tensor
+    """Flat view of Megatron-Core's buffer of gradients."""
     group: int
 
 
 class OffloadedAdamWStep(GroupStepAdamW):
-    """AdamW whose moments, and fp32 parameters where the model's are 16 bits, are not torch's to hold."""
+    """AdamW whose moments, and fp32 parameters where the model's are 16 bits, are not torch's to hold.
+
+    Attributes:
+        whole: a step has ended when :meth:`step` returns; else it runs on beside what follows.
+    """
 
     offload: Offload
     owned: list[_Owned]
+    gradients: list[Tensor]
+    whole = True
 
     def allocate(self) -> None:
         """Mark every parameter as having state, so that nothing is allocated for it at a load."""
@@ -46,20 +54,31 @@ class OffloadedAdamWStep(GroupStepAdamW):
             for parameter in group["params"]:
                 self.state[parameter] = {}
 
+    def begin(self, learning_rate: float) -> None:
+        """Start a step whose gradients are still to come; :meth:`step` lets it update."""
+        assert self.offload.inner is not None
+        groups = [GroupStep.of({**group, "lr": learning_rate}) for group in self.param_groups]
+        self.offload.inner.begin(self.param_groups[0]["step"] + 1, self.gradients, groups)
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        """Update every shard where its state rests."""
+        """Update every shard where its state rests, in the step that was begun."""
         for group in self.param_groups:
             group["step"] += 1
-        gradients = [each.main.grad for each in self.owned]
-        groups = [GroupStep.of(group) for group in self.param_groups]
-        self.offload.step(self.param_groups[0]["step"], gradients, groups, self.grad_scale)
+        self.offload.release(self.grad_scale)
+        if self.whole:
+            self.offload.finish()
 
 
 class OffloadedOptimizer(DistributedOptimizer):
-    """The distributed optimizer around an :class:`OffloadedAdamWStep`."""
+    """The distributed optimizer around an :class:`OffloadedAdamWStep`.
+
+    Attributes:
+        places: index of each parameter's shard, of those that this rank updates.
+    """
 
     optimizer: OffloadedAdamWStep
+    places: dict[Any, int]
 
     def attach(self, settings: OffloadConfig, names: Mapping[int, str]) -> None:
         """Hand this rank's shards over. Collective.
@@ -69,8 +88,8 @@ class OffloadedOptimizer(DistributedOptimizer):
             names: of the model's parameters by ``id``.
         """
         owned = self._owned_shards()
-        self._places = {each.parameter: i for i, each in enumerate(owned)}
-        self.optimizer.owned = owned
+        self.places = {each.parameter: i for i, each in enumerate(owned)}
+        self.optimizer.owned, self.optimizer.gradients = owned, [each.gradient for each in owned]
         self.optimizer.offload = Offload(
             settings,
             [names[id(each.parameter)] for each in owned],
@@ -91,16 +110,19 @@ class OffloadedOptimizer(DistributedOptimizer):
             for parameter in reversed(parameters):
                 group, place = self.model_param_group_index_map[parameter]
                 span = self._get_model_param_range_map(parameter)["param"]
-                shard = parameter.detach().view(-1)[span.start : span.end]
-                found.append(_Owned(parameter, shard, self.optimizer.param_groups[group]["params"][place], group))
+                shard, gradient = (
+                    whole.detach().view(-1)[span.start : span.end] for whole in (parameter, parameter.main_grad)
+                )
+                main = self.optimizer.param_groups[group]["params"][place]
+                found.append(_Owned(parameter, shard, main, gradient, group))
         return found
 
     def _get_main_param_and_optimizer_states(self, model_param: Tensor) -> dict[str, Tensor]:
-        values = self._state.read(self._places[model_param])
+        values = self._state.read(self.places[model_param])
         return dict(zip(("param", *MOMENTS), values, strict=True))
 
     def _set_main_param_and_optimizer_states(self, model_param: Tensor, tensors: dict[str, Tensor]) -> None:
-        self._state.write(self._places[model_param], *(tensors[name] for name in ("param", *MOMENTS)))
+        self._state.write(self.places[model_param], *(tensors[name] for name in ("param", *MOMENTS)))
 
     def _copy_main_params_to_model_params(self) -> None:
         """The update has written the model's parameters already."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import _get_param_groups_and_buffers, get_standard_config_overrides
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from rewarm.config.offload import OffloadConfig
@@ -19,6 +20,7 @@ from rewarm.config.training import OptimizerConfig
 from rewarm.engine import device, ranks
 from rewarm.engine.megatron import compat
 from rewarm.engine.megatron.offloaded import OffloadedAdamWStep, OffloadedOptimizer
+from rewarm.engine.megatron.overlap import Overlap, Replica
 from rewarm.engine.megatron.update import GroupStepAdamW, GroupStepSGD
 
 
@@ -37,8 +39,8 @@ class Optimizer:
     def __init__(
         self,
         settings: OptimizerConfig,
-        chunks: Sequence[DistributedDataParallel],
-        bf16: bool,
+        chunks: Sequence[Replica],
+        decoder: TransformerConfig,
         offload: OffloadConfig,
     ) -> None:
         self._settings = settings
@@ -51,7 +53,7 @@ class Optimizer:
             min_lr=0.0,
             weight_decay=settings.weight_decay,
             clip_grad=0.0,
-            bf16=bf16,
+            bf16=decoder.bf16,
             use_distributed_optimizer=True,
             overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
         )
@@ -77,6 +79,9 @@ class Optimizer:
         if isinstance(self.sharded, OffloadedOptimizer):
             names = {id(parameter): name for chunk in chunks for name, parameter in chunk.module.named_parameters()}
             self.sharded.attach(offload, names)
+        self._overlap: Overlap | None = None
+        if isinstance(self.sharded, OffloadedOptimizer):
+            self._overlap = Overlap(self.sharded, chunks, decoder)
         self.apply_settings()
 
     def apply_settings(self) -> None:
@@ -87,9 +92,28 @@ class Optimizer:
             group["eps"] = settings.epsilon
             group["weight_decay"] = settings.weight_decay * group["wd_mult"]
 
+    def passes(self, number: int, learning_rate: float | None) -> AbstractContextManager[None]:
+        """Around the forward and backward passes of a step, so that an offloaded update runs beside them.
+
+        Args:
+            number: micro-batches.
+            learning_rate: that :meth:`step` will be given; None if no update follows.
+        """
+        return nullcontext() if self._overlap is None else self._overlap.passes(number, learning_rate)
+
+    def finish(self) -> None:
+        """Wait for an update that may still run: only then are parameters and state those of the step. Collective.
+
+        An update that was begun for gradients that will not be used is undone.
+        """
+        if isinstance(self._inner, OffloadedAdamWStep):
+            self._inner.offload.finish()
+
     @torch.no_grad()
     def step(self, learning_rate: float) -> tuple[float, bool]:
         """Update the parameters from the reduced gradients. Collective.
+
+        An offloaded update may run on beside the next forward pass, until :meth:`finish`.
 
         Returns:
             The global gradient norm before clipping, and whether the update was made: not if the norm is not finite.
@@ -97,6 +121,7 @@ class Optimizer:
         self.sharded.prepare_grads()
         norm = self._gradient_norm()
         if not math.isfinite(norm):
+            self.finish()
             return norm, False
         limit = self._settings.gradient_clipping
         self._inner.grad_scale = limit / (norm + 1e-6) if 0 < limit < norm else 1.0
@@ -150,10 +175,17 @@ class Optimizer:
             for parameter, master in zip(group, parts, strict=True)
         }
 
-    def rehearsed(self, seconds: float) -> None:
-        """Take notice of the time and memory of a forward and backward pass. Collective."""
+    def rehearsed(self, seconds: float, forward: float, backward: float, passes: int) -> None:
+        """Take notice of the time and memory of a step without its update. Collective.
+
+        Args:
+            seconds: of the whole.
+            forward, backward: seconds of one pass of each kind.
+            passes: micro-batches.
+        """
         if isinstance(self._inner, OffloadedAdamWStep):
-            self._inner.offload.rehearsed(seconds, device.peak_memory())
+            hides = None if self._inner.whole else (forward, backward, passes)
+            self._inner.offload.rehearsed(seconds, device.peak_memory(), hides)
 
     def close(self) -> None:
         """End what runs beside the step. Not collective."""
