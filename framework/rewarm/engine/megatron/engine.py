@@ -234,9 +234,7 @@ class MegatronEngine(Engine):
     def load(self, folder: Path, *, optimizer: bool = True) -> None:
         """See :meth:`Engine.load`."""
         self._optimizer.finish()
-        checkpoint.load(folder, self.architecture, self.chunks, self._optimizer if optimizer else None)
-        if not optimizer:
-            self._optimizer.weights_changed()
+        checkpoint.load(folder, self.architecture, self.chunks, self._optimizer, moments=optimizer)
 
     def import_huggingface(self, folder: Path) -> None:
         """See :meth:`Engine.import_huggingface`."""
