@@ -281,6 +281,7 @@ class OffloadedAdamW:
         self.close()
         self.timeline = None
         self.states = self._open(placement)
+        self._means.pool.trim()
         self.states.load(*state, self._parameters)
 
     def close(self) -> None:

@@ -128,6 +128,7 @@ class States:
         for subgroup in range(layout.subgroups):
             self._allocate(subgroup, placement.routes[subgroup])
         self._allocate_slots()
+        device.settle()  # what the calling thread has queued may still work on memory that it freed
         sizes = [self._bytes(i) if placement.routes[i].on_nvme else 0 for i in range(layout.subgroups)]
         if any(sizes):
             self._blob = {i: number for number, i in enumerate(i for i, size in enumerate(sizes) if size)}

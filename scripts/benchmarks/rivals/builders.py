@@ -7,6 +7,7 @@ builds, in place of this project's optimizer.
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -215,6 +216,7 @@ class DeepSpeed:
         if not is_built("cpu_adam", settings):
             raise RivalMissing("cpu_adam is not compiled here: python scripts/deepspeed_extensions.py cpu_adam")
         prepare_extensions(settings)
+        os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "8"  # CUDA's default, where Megatron-Core wants one
         ranks.join(10)
         deepspeed = compat.load_deepspeed()
         compat.adopt_process_group(deepspeed)
