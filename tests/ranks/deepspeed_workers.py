@@ -14,6 +14,7 @@ from ranks.deepspeed_models import LEARNING_RATE, deepspeed_config, masked_batch
 from ranks.tiny import DOMAINS, global_batch
 from rewarm.engine.base import Batch, Engine, StepResult
 from rewarm.engine.deepspeed.engine import DeepSpeedEngine
+from rewarm.engine.portable import MOMENTS, WEIGHT
 from rewarm.errors import UserError
 from rewarm.model.description import HuggingFaceModel
 
@@ -124,6 +125,37 @@ def load_all(
                 found.append(steps(engine, 3, 3))
             results.append(found)
     return results
+
+
+def reset_all(folder: Path, cases: Sequence[dict[str, Any]], target: Path) -> list[dict[str, Any]]:
+    """Train and save each configuration, and start a child from its weights: what of the two is equal."""
+    found = []
+    for number, settings in enumerate(cases):
+        with opened(folder, settings) as engine:
+            steps(engine, 0, 3)
+            if engine.is_main:
+                (target / str(number)).mkdir()
+            engine.barrier()
+            engine.save(target / str(number))
+            parent = _main_state(engine)
+        with opened(folder, settings, fill=False) as engine:
+            engine.load(target / str(number), optimizer=False)
+            child = _main_state(engine)
+        pairs = [(parent[name], child[name]) for name in parent]
+        found.append(
+            {
+                "main": all(torch.equal(a[WEIGHT], b[WEIGHT]) for a, b in pairs),
+                "finer": sum(int((a[WEIGHT] != a[WEIGHT].bfloat16().float()).sum()) for a, _ in pairs),
+                "moments": sum(float(b[kind].abs().sum()) for _, b in pairs for kind in MOMENTS),
+            }
+        )
+    return found
+
+
+def _main_state(engine: DeepSpeedEngine) -> dict[str, dict[str, torch.Tensor]]:
+    """This rank's fragments of the fp32 parameters and moments, by parameter."""
+    fragments = engine._partitions.fragments(moments=True, write=False)
+    return {part.name: {kind: value.clone() for kind, value in part.tensors.items()} for part in fragments}
 
 
 def evaluate_all(folder: Path, cases: Sequence[dict[str, Any]], tokens: np.ndarray) -> list[dict[str, Any]]:

@@ -10,9 +10,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ranks.tiny import DOMAINS, VOCAB_SIZE, local_batch, tiny_config
 from rewarm.engine.build import build_engine
-from rewarm.engine.layout import Layout
 from rewarm.engine.megatron.engine import MegatronEngine
 from rewarm.model.architecture import Architecture
+from rewarm.model.layout import Layout
 
 
 class _Held:

@@ -116,6 +116,47 @@ def load(settings: dict[str, Any], folder: Path, before: int, after: int, optimi
     return [result.loss_sums.tobytes() for result in train(engine, before, before + after)]
 
 
+def main_parameters(engine: MegatronEngine) -> list[torch.Tensor]:
+    """This rank's shards of the fp32 main parameters, flat."""
+    sharded = engine._optimizer.sharded
+    states = [sharded._get_main_param_and_optimizer_states(p) for p in sharded.model_param_gbuf_map]
+    return [state["param"].detach().float().flatten().clone() for state in states]
+
+
+def reset(parent: dict[str, Any], child: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Train and save a parent, and start a child from its weights: what of the two is equal."""
+    engine = build(parent)
+    train(engine, 0, 3)
+    if engine.rank == 0:
+        folder.mkdir()
+    engine.barrier()
+    engine.save(folder)
+    wanted, weights = main_parameters(engine), [p.detach().clone() for c in engine.chunks for p in c.parameters()]
+    engine._optimizer.close()
+    engine = build(child)
+    engine.load(folder, optimizer=False)
+    found = state_of(engine)
+    copies = [p.detach() for chunk in engine.chunks for p in chunk.parameters()]
+    kept = found[len(copies) :]
+    return {
+        "main": all(torch.equal(a, b) for a, b in zip(main_parameters(engine), wanted, strict=True)),
+        "finer": sum(int((a != a.bfloat16().float()).sum()) for a in wanted),
+        "weights": all(torch.equal(a.bfloat16(), b.bfloat16()) for a, b in zip(weights, copies, strict=True)),
+        "moments": sum(float(moment.abs().sum()) for i in (1, 2) for moment in kept[i :: len(STATE)]),
+        "step": engine._optimizer.num_updates,
+    }
+
+
+def main_parameters_of(settings: dict[str, Any], folder: Path) -> bool:
+    """Whether a start without the moments has the main parameters of a resume, on one layout."""
+    found = []
+    for optimizer in (True, False):
+        engine = build(settings)
+        engine.load(folder, optimizer=optimizer)
+        found.append(main_parameters(engine))
+    return all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def refusals(cases: list[dict[str, Any]]) -> list[str]:
     """The message with which each engine is not built, or "built"."""
     found = []

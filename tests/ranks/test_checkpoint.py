@@ -86,6 +86,26 @@ def test_continues_with_another_padding(divisor: int, saved: tuple[Path, list[St
     assert difference(results, expected) < TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("num_ranks", "settings"),
+    [
+        (1, {"model": {"tie_embeddings": True}}),
+        (2, {"precision": "bfloat16", "parallel": {"tensor": 2}, "megatron": {"vocab_divisor": 512}}),
+    ],
+    ids=["tied", "a rank of padding alone, bfloat16"],
+)
+def test_rows_of_padding_reach_no_loss_gradient_or_export(
+    num_ranks: int, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Whatever they hold: not in the run, nor in a child with another padding."""
+    parent, child = tmp_path / "parent", tmp_path / "child"
+    parent.mkdir(), child.mkdir()
+    outcomes = run_ranks(workers.with_garbage_in_padding, num_ranks, {**DECAY, **settings}, parent, child)
+    for outcome in outcomes:
+        assert outcome["zero"] == outcome["garbage"] and outcome["zero"][1] == 0
+        assert outcome["parent"] and outcome["child"]
+
+
 def test_bfloat16_keeps_its_fp32_main_parameters(tmp_path: Path) -> None:
     folder, settings = _folder(tmp_path), {"precision": "bfloat16"}
     (expected,) = run_ranks(workers.save_and_continue, 1, settings, folder, BEFORE, AFTER)

@@ -58,3 +58,10 @@ def test_other_layouts_follow(model: Path, saved: Saved, num_ranks: int) -> None
     for loaded in run_ranks(workers.load_all, num_ranks, model, cases, [paths] * len(cases), timeout=250.0)[0]:
         for went_on, steps in zip(expected, loaded, strict=True):
             assert differences(steps, went_on) < 1e-5
+
+
+def test_a_child_starts_from_the_fp32_main_parameters(model: Path, tmp_path: Path) -> None:
+    """A bfloat16 parent's weights are rounded: a child of them alone would not start where the parent ended."""
+    cases = [{"precision": "bfloat16", "deepspeed": {"zero_stage": stage}} for stage in (1, 3)]
+    for outcome in [each for rank in run_ranks(workers.reset_all, 2, model, cases, tmp_path) for each in rank]:
+        assert outcome["main"] and outcome["finer"] > 1000 and outcome["moments"] == 0, outcome

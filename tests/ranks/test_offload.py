@@ -69,6 +69,28 @@ def test_moments_left_behind_begin_at_zero(tmp_path: Path) -> None:
     assert plain == streamed
 
 
+@pytest.mark.parametrize(
+    ("num_ranks", "parent", "child"),
+    [
+        (1, HALF, HALF),
+        (2, HALF, STREAMED),
+        (1, STREAMED, {**HALF, "precision": "float32"}),
+        (1, {**HALF, "precision": "float32"}, HALF),
+        (4, *[{**TIED, "precision": "bfloat16", "parallel": {"tensor": 2, "pipeline": 2}}] * 2),
+    ],
+    ids=["plain", "streamed", "in fp32", "from fp32", "tensor 2, pipeline 2, tied"],
+)
+def test_a_child_starts_from_the_fp32_main_parameters(
+    num_ranks: int, parent: dict[str, Any], child: dict[str, Any], tmp_path: Path
+) -> None:
+    """A bfloat16 parent's weights are rounded: a child of them alone would not start where the parent ended."""
+    for outcome in run_ranks(offload_workers.reset, num_ranks, parent, child, tmp_path / "saved"):
+        assert outcome["main"] and outcome["weights"] and outcome["finer"] > 1000, outcome
+        assert outcome["moments"] == 0 and outcome["step"] == 0, outcome
+    if num_ranks == 4:
+        assert run_ranks(offload_workers.main_parameters_of, 1, {**child, "parallel": {}}, tmp_path / "saved") == [True]
+
+
 def test_a_prediction_that_does_not_hold_is_replaced_and_changes_no_bit(tmp_path: Path) -> None:
     """The profile says that the CPU is slow, so the state is streamed; it is not, which the measured steps tell."""
     for outcome in run_ranks(offload_workers.auto, 2, TIED, tmp_path / "profile.json", 1e5, 0.002):

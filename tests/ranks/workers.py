@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core import parallel_state
 
 from ranks.tiny import DOMAINS, VOCAB_SIZE, global_batch, local_batch, tiny_config, tiny_engine
 from rewarm.engine.base import StepResult
@@ -20,6 +21,7 @@ from rewarm.errors import UserError
 from rewarm.model.architecture import Architecture
 
 LEARNING_RATE = 1e-3
+VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 def train(settings: dict[str, Any], steps: int = 6, first: int = 0) -> list[StepResult]:
@@ -100,6 +102,58 @@ def continue_parent(settings: dict[str, Any], folder: Path, before: int, after: 
     engine = build_engine(config, Architecture.from_config(model, VOCAB_SIZE), DOMAINS)
     engine.load(folder)
     return [engine.train_step(local_batch(engine, before + step), LEARNING_RATE) for step in range(after)]
+
+
+def with_garbage_in_padding(settings: dict[str, Any], parent: Path, child: Path) -> dict[str, Any]:
+    """Train and export with rows of padding as they are, and with large numbers in them, and give the weights of each
+    to a child with another padding.
+
+    Returns:
+        For "zero" and "garbage", losses and gradient norms of both and the largest gradient of a row of padding; and
+        whether the two exports, and the two of the children, hold the same bits in as many rows as the vocabulary.
+    """
+    from safetensors.torch import load_file
+
+    found: dict[str, Any] = {}
+    for kind in ("zero", "garbage"):
+        engine = _engine_with_padding(settings, kind == "garbage")
+        results = [engine.train_step(local_batch(engine, step), LEARNING_RATE) for step in range(3)]
+        gradients = [float(p.main_grad[rows].abs().max()) for p, rows in _padding(engine)]  # type: ignore[attr-defined]
+        if engine.is_main:
+            (parent / kind).mkdir()
+        engine.barrier()
+        engine.save(parent / kind)
+        engine.export_huggingface(parent / f"{kind} exported", tokenizer=None)
+        engine = _engine_with_padding({**settings, "megatron": {"vocab_divisor": 300}}, False)
+        engine.load(parent / kind, optimizer=False)
+        results.append(engine.train_step(local_batch(engine, 3), LEARNING_RATE))
+        engine.export_huggingface(child / f"{kind} exported", tokenizer=None)
+        found[kind] = [(result.loss, result.grad_norm) for result in results], max(gradients, default=0.0)
+    for place in (parent, child):
+        zero, garbage = (load_file(place / f"{kind} exported" / "model.safetensors") for kind in ("zero", "garbage"))
+        rows = {len(zero[name]) for name in zero if "embed_tokens" in name or "lm_head" in name}
+        found[place.name] = rows == {VOCAB_SIZE} and all(torch.equal(zero[name], garbage[name]) for name in zero)
+    return found
+
+
+def _engine_with_padding(settings: dict[str, Any], garbage: bool) -> MegatronEngine:
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
+    engine = tiny_engine(settings)
+    assert isinstance(engine, MegatronEngine)
+    with torch.no_grad():
+        for parameter, rows in _padding(engine):
+            parameter[rows] = 100.0 if garbage else 0.0
+    engine._optimizer.weights_changed()
+    return engine
+
+
+def _padding(engine: MegatronEngine) -> list[tuple[torch.nn.Parameter, slice]]:
+    """This rank's vocabulary parameters with the rows that pad them, where there are any."""
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    parameters = [p for chunk in engine.chunks for name, p in chunk.named_parameters() if name in VOCABULARY]
+    starts = [max(0, VOCAB_SIZE - rank * len(parameter)) for parameter in parameters]
+    return [(p, slice(start, None)) for p, start in zip(parameters, starts, strict=True) if start < len(p)]
 
 
 def optimizer_settings(settings: dict[str, Any], folder: Path) -> dict[str, set[Any]]:

@@ -265,8 +265,8 @@ def memory(root: Path = Path("/sys/fs/cgroup"), meminfo: Path = Path("/proc/memi
 
 def ranks(environment: Mapping[str, str]) -> Finding:
     """The ranks that a launcher made, if one did."""
+    from rewarm.engine.environment import find_ranks
     from rewarm.errors import UserError
-    from rewarm.launch.environment import find_ranks
 
     try:
         found = find_ranks(environment)

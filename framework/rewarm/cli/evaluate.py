@@ -36,7 +36,7 @@ def evaluate(
 
         rewarm evaluate runs/large parallel.tensor=4 --windows 512
     """
-    from rewarm.launch.environment import find_ranks
+    from rewarm.engine.environment import find_ranks
     from rewarm.train.evaluate import evaluate_huggingface, evaluate_run
 
     if (model / "config.json").is_file():

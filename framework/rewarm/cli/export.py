@@ -34,7 +34,7 @@ def export(
 
         torchrun --nproc-per-node 8 -m rewarm export runs/large parallel.tensor=8 --dtype bfloat16
     """
-    from rewarm.launch.environment import find_ranks
+    from rewarm.engine.environment import find_ranks
     from rewarm.train.export import check_export, write_export
     from rewarm.train.open import open_model
 

@@ -23,7 +23,7 @@ def import_(
 
         rewarm import models/llama --output runs/llama
     """
-    from rewarm.launch.environment import find_ranks
+    from rewarm.engine.environment import find_ranks
     from rewarm.train.import_model import import_model
 
     checkpoint = import_model(model, output, precision, overrides or [])

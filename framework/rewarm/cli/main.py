@@ -23,8 +23,8 @@ from rewarm.cli.logs import logs
 from rewarm.cli.status import status
 from rewarm.cli.submit import submit
 from rewarm.cli.train import train
+from rewarm.engine.environment import this_node
 from rewarm.errors import NodeFault, UserError
-from rewarm.launch.environment import this_node
 from rewarm.launch.local import ERROR_FOLDER
 
 app = typer.Typer(

@@ -281,9 +281,8 @@ def _case(
 
 def _parameters(run: RunConfig) -> float:
     """Parameters of a run's model."""
-    from rewarm.engine.layout import parameter_count
     from rewarm.errors import UserError
-    from rewarm.model.architecture import Architecture
+    from rewarm.model.architecture import Architecture, parameter_count
     from rewarm.train.stage import resolve_stage
 
     architecture = resolve_stage(run, _ranks(run)).architecture

@@ -46,7 +46,8 @@ class RunConfig(Section):
     """What the stage continues: a run folder, one of its checkpoints, or a Hugging Face folder. Null means random
     weights of the shape in ``model``. A run that already has checkpoints of its own resumes from those instead."""
     optimizer_state: Literal["reset", "keep"] = "reset"
-    """Optimizer moments at the start of the stage; keep needs a parent that is a run."""
+    """Optimizer moments at the start of the stage; keep needs a parent that is a run, and whose update rule
+    has moments if this one has."""
     model: ModelConfig | None = None
     """Shape of a model without parent; refused with a parent, which brings its own."""
     data: dict[str, DomainConfig]
@@ -137,14 +138,15 @@ class RunConfig(Section):
     @property
     def last_step(self) -> int:
         """The step after which this invocation stops."""
-        return min(self.total_steps, self.steps(self.stop_at) or self.total_steps)
+        stop = self.steps(self.stop_at)
+        return self.total_steps if stop is None else min(self.total_steps, stop)
 
     def steps(self, duration: str | None) -> int | None:
-        """A duration of this run in whole steps (at least 1), or None for None."""
+        """A duration of this run in whole steps, at least 1 unless the duration is 0; None for None."""
         if duration is None:
             return None
         tokens = resolve_duration(duration, tokens_per_step=self.tokens_per_step, total_tokens=self.total_tokens)
-        return max(1, tokens // self.tokens_per_step)
+        return tokens // self.tokens_per_step
 
 
 def _check_lineage(config: RunConfig) -> None:
@@ -182,9 +184,19 @@ def _check_mixture(config: RunConfig) -> None:
 def _check_sizes(config: RunConfig) -> None:
     if parse_duration(config.duration)[1] == "%":
         raise ValueError(f"duration={config.duration!r}: a percentage of itself; write steps or tokens")
-    if config.total_steps < 1:
-        raise ValueError(f"duration={config.duration!r} is less than one step")
     batch, parallel = config.batch, config.parallel
+    number, unit = parse_duration(config.duration)
+    tokens = number * config.tokens_per_step if unit == "steps" else number
+    if tokens < config.tokens_per_step:
+        raise ValueError(
+            f"duration={config.duration!r} makes {tokens:.15g} tokens, less than one step of "
+            f"batch.global_batch_size={batch.global_batch_size} windows of batch.sequence_length="
+            f"{batch.sequence_length}, which is {config.tokens_per_step}: train longer, or take a smaller batch"
+        )
+    places = {"stop_at": config.stop_at, "evaluation.interval": config.evaluation.interval}
+    for where, text in (places | {"checkpoint.interval": config.checkpoint.interval}).items():
+        if config.steps(text) == 0:
+            raise ValueError(f"{where}={text!r} is no step at all: write one step or more, or null")
     if batch.global_batch_size % batch.micro_batch_size:
         raise ValueError(
             f"batch.global_batch_size={batch.global_batch_size} is not a multiple of "

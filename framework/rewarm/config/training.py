@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from rewarm.config.section import Duration, Section, parse_duration
 
+WITHOUT_MOMENTS = frozenset({"sgd"})
+"""The values of ``optimizer.name`` whose state is no more than the parameters."""
+
 
 class BatchConfig(Section):
     """Size of a step."""

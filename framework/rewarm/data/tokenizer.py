@@ -102,6 +102,8 @@ def open_backend(folder: Path) -> Tokenizer:
         )
     try:
         backend = _read_backend(folder)
+    except UserError:
+        raise
     except Exception as error:  # both libraries raise bare Exception for a file they cannot read
         reason = str(error).strip().splitlines()
         raise UserError(
@@ -125,9 +127,42 @@ def _read_backend(folder: Path) -> Tokenizer | None:
     file = folder / "tokenizer.json"
     if file.is_file():
         return Tokenizer.from_file(str(file))
+    return getattr(load_with_transformers(folder), "backend_tokenizer", None)
+
+
+def load_with_transformers(folder: Path) -> Any:
+    """What ``AutoTokenizer`` makes of a folder, without running Python files that it brings.
+
+    Raises:
+        UserError: if it takes such files.
+        Exception: of a dozen kinds, for a folder without tokenizer or with a damaged one.
+    """
     from transformers import AutoTokenizer
 
-    return getattr(AutoTokenizer.from_pretrained(str(folder)), "backend_tokenizer", None)
+    try:
+        # Left out, trust_remote_code is asked for on the terminal.
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception:
+        code = _own_code(folder)
+        if code is None:
+            raise
+        raise UserError(
+            f"the tokenizer {folder} brings Python files of its own ({code}), which are never run: "
+            "deepspeed.trust_remote_code is for those of the model",
+            fix="give the folder of a tokenizer with tokenizer.json, which needs none",
+        ) from None
+
+
+def _own_code(folder: Path) -> str | None:
+    """What the folder names as its own code for a tokenizer, or for the model that transformers would know it by."""
+    for file in ("tokenizer_config.json", "config.json"):
+        try:
+            named = json.loads((folder / file).read_text(encoding="utf-8"))["auto_map"]
+            found = named.get("AutoTokenizer") or named["AutoConfig"]
+            return str(found if isinstance(found, str) else next(name for name in found if name))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration):
+            continue
+    return None
 
 
 def _eos_name(folder: Path) -> str | None:

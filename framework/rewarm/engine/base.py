@@ -135,6 +135,11 @@ class Engine(ABC):
     def load(self, folder: Path, *, optimizer: bool = True) -> None:
         """Read what :meth:`save` wrote, on this or another layout. Collective.
 
+        Args:
+            folder: the checkpoint.
+            optimizer: go on with the moments; else they stay as they are. The fp32 main parameters are read either
+                way, where the checkpoint has them.
+
         Raises:
             rewarm.errors.UserError: if the folder holds another model.
         """

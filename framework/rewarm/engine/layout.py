@@ -5,24 +5,11 @@ No torch here: it is also checked before the ranks are started.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from rewarm.config.run import RunConfig
 from rewarm.errors import UserError
 from rewarm.model.architecture import Architecture
 from rewarm.model.description import HuggingFaceModel, ModelDescription
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """A checked layout."""
-
-    tensor: int
-    pipeline: int
-    virtual_pipeline: int
-    data: int
-    num_microbatches: int
-    """Forward passes of one data-parallel rank in one step."""
+from rewarm.model.layout import Layout
 
 
 def check_layout(config: RunConfig, model: ModelDescription, world_size: int) -> Layout:
@@ -55,17 +42,6 @@ def check_layout(config: RunConfig, model: ModelDescription, world_size: int) ->
         data=data,
         num_microbatches=num_microbatches,
     )
-
-
-def parameter_count(architecture: Architecture) -> int:
-    """Parameters of the whole model, without padded vocabulary rows; a tied embedding counts once."""
-    a = architecture
-    query, group = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
-    attention = a.hidden_size * (query + 2 * group) + query * a.hidden_size
-    attention += (query + 2 * group) * a.qkv_bias + 2 * a.head_dim * a.qk_norm
-    layer = attention + 3 * a.hidden_size * a.ffn_hidden_size + 2 * a.hidden_size
-    embeddings = a.vocab_size * a.hidden_size * (1 if a.tie_embeddings else 2)
-    return a.num_layers * layer + embeddings + a.hidden_size
 
 
 def _check_model(config: RunConfig, architecture: Architecture) -> None:

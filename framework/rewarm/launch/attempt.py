@@ -16,8 +16,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from rewarm.engine.environment import slurm_port
 from rewarm.errors import UserError
-from rewarm.launch.environment import slurm_port
 from rewarm.launch.records import ERRORS, STOP, Attempt, attempts, newest_step, read_jobs, record, write_jobs
 from rewarm.resilience.status import read_status, this_attempt
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from rewarm.config.run import RunConfig
-from rewarm.launch.environment import check_not_batch_script, export_slurm_rendezvous, find_ranks
+from rewarm.engine.environment import check_not_batch_script, export_slurm_rendezvous, find_ranks
 from rewarm.launch.local import ERROR_FOLDER, launch_local
 
 

@@ -105,3 +105,14 @@ def check_family(architecture: Architecture) -> None:
             f"num_attention_heads={architecture.num_attention_heads}",
             fix="choose model.family=mistral, which takes any head_dim, or change the sizes",
         )
+
+
+def parameter_count(architecture: Architecture) -> int:
+    """Parameters of the whole model, without padded vocabulary rows; a tied embedding counts once."""
+    a = architecture
+    query, group = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
+    attention = a.hidden_size * (query + 2 * group) + query * a.hidden_size
+    attention += (query + 2 * group) * a.qkv_bias + 2 * a.head_dim * a.qk_norm
+    layer = attention + 3 * a.hidden_size * a.ffn_hidden_size + 2 * a.hidden_size
+    embeddings = a.vocab_size * a.hidden_size * (1 if a.tie_embeddings else 2)
+    return a.num_layers * layer + embeddings + a.hidden_size

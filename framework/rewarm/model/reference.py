@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from rewarm.data.tokenizer import load_with_transformers
 from rewarm.errors import UserError
 
 
@@ -126,10 +127,10 @@ def _load(folder: str | Path, dtype: str, device: str, trust_remote_code: bool =
 
 
 def _load_tokenizer(folder: str | Path) -> Any:
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return load_with_transformers(Path(folder))
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"no tokenizer can be loaded from {folder}: {reason}") from error

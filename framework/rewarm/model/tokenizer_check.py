@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rewarm.data.tokenizer import load_with_transformers
 from rewarm.errors import UserError
 from rewarm.model.description import ModelDescription
 
@@ -21,9 +22,9 @@ def required_rows(tokenizer: str | Path) -> int:
 
             vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab(with_added_tokens=True)
         else:
-            from transformers import AutoTokenizer
-
-            vocabulary = AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab()
+            vocabulary = load_with_transformers(folder).get_vocab()
+    except UserError:
+        raise
     except Exception as error:
         # tokenizers raises bare Exception for a damaged file, transformers a dozen kinds for a missing one
         reason = (str(error).strip() or repr(error)).splitlines()[0]

@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from rewarm.config.run import RunConfig
-from rewarm.engine.layout import Layout
 from rewarm.errors import UserError
 from rewarm.model.architecture import Architecture
+from rewarm.model.layout import Layout
 from rewarm.offload.routes import Job
 from rewarm.planner.cluster import Cluster
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from rewarm.config.run import RunConfig
-from rewarm.engine.layout import Layout
 from rewarm.errors import UserError
 from rewarm.model.description import HuggingFaceModel
+from rewarm.model.layout import Layout
 from rewarm.planner.cluster import Cluster
 from rewarm.planner.memory import BYTES, GIB, state_on_device
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rewarm.engine.base import Engine
+from rewarm.engine.environment import this_node
 from rewarm.errors import NodeFault, UserError
-from rewarm.launch.environment import this_node
 
 MIN_FREE_GPU_SHARE = 0.9
 """Of a GPU's memory: less means that another process, or a dead one, holds some of it."""

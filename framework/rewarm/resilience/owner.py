@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from rewarm.launch.environment import this_node
+from rewarm.engine.environment import this_node
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@ from rewarm.checkpoint.distributed import read_state, save_checkpoint
 from rewarm.config.load import build, dump
 from rewarm.config.run import RunConfig
 from rewarm.engine.base import Engine
+from rewarm.engine.environment import find_ranks
 from rewarm.errors import UserError
-from rewarm.launch.environment import find_ranks
 from rewarm.model.description import for_other_engine
 from rewarm.replay.lineage import Lineage
 from rewarm.train.open import OpenModel, open_model, with_fp32_state

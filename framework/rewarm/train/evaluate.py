@@ -23,7 +23,7 @@ def evaluate_run(
         data: domains by name and path; the run's own when empty.
         windows: held-out windows per domain; None means the run's setting.
     """
-    from rewarm.launch.environment import find_ranks
+    from rewarm.engine.environment import find_ranks
     from rewarm.train.open import open_model
     from rewarm.train.tokenizers import check_tokenizers
 

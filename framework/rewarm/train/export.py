@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rewarm.engine.environment import find_ranks
 from rewarm.errors import UserError
 from rewarm.evaluation.held_out import HeldOutLoss, evaluate_domain, held_out_windows, summarise
-from rewarm.launch.environment import find_ranks
 from rewarm.model.files import check_free, is_export
 from rewarm.replay.lineage import FILE_NAME
 from rewarm.train.open import OpenModel

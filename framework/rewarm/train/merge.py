@@ -20,9 +20,9 @@ import numpy as np
 from rewarm.checkpoint.distributed import read_state
 from rewarm.data.domain import Domain
 from rewarm.engine.base import Engine
+from rewarm.engine.environment import find_ranks
 from rewarm.errors import UserError
 from rewarm.evaluation.held_out import evaluate_domain
-from rewarm.launch.environment import find_ranks
 from rewarm.mixing.average import average_shares
 from rewarm.mixing.weight_log import WeightLog
 from rewarm.replay.lineage import Lineage

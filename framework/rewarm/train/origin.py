@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from rewarm.checkpoint import store
 from rewarm.config.run import RunConfig
+from rewarm.config.training import WITHOUT_MOMENTS
 from rewarm.errors import UserError
 from rewarm.model.description import ModelDescription
 from rewarm.replay.lineage import Lineage
@@ -53,4 +56,21 @@ def find_origin(config: RunConfig) -> Origin:
             f"optimizer_state=keep, but parent={config.parent} is a Hugging Face folder, which has no optimizer state",
             fix="set optimizer_state=reset, or name a run as parent",
         )
+    if config.optimizer_state == "keep":
+        _check_optimizer(config, parent)
     return Origin(parent, parent.architecture, parent.lineage, parent.tokenizer)
+
+
+def _check_optimizer(config: RunConfig, parent: Parent) -> None:
+    """Refuse to keep moments that one of the two update rules does not have: AdamW would correct the zeros of a
+    parent without any as if they stood for all of its updates."""
+    written = parent.folder / "config.yaml"
+    if not written.is_file():
+        return  # an imported model: the engine says that its checkpoint holds no optimizer state
+    before, now = yaml.safe_load(written.read_text())["optimizer"]["name"], config.optimizer.name
+    if (before in WITHOUT_MOMENTS) != (now in WITHOUT_MOMENTS):
+        raise UserError(
+            f"optimizer_state=keep, but parent={config.parent} was trained with optimizer.name={before}, and this "
+            f"stage has optimizer.name={now}: one of them has no moments",
+            fix="set optimizer_state=reset, or train with the parent's optimizer",
+        )

@@ -39,7 +39,7 @@ def run_session(config: RunConfig) -> None:
         UserError: for everything that the user can mend; nothing that was saved before is lost.
     """
     from rewarm.engine.build import build_engine
-    from rewarm.launch.environment import find_ranks
+    from rewarm.engine.environment import find_ranks
 
     ranks = find_ranks()
     check_device()

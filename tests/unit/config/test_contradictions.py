@@ -21,7 +21,7 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
     ({"data": {"a b": "x"}}, {"data": {"a_b-1": "x"}}, ["'a b'"]),
     ({"optimizer_state": "keep"}, {"optimizer_state": "reset"}, ["optimizer_state=keep", "parent"]),
     ({"duration": "5%"}, {"duration": "5 steps"}, ["duration='5%'"]),
-    ({"duration": "0 steps"}, {"duration": "1 tokens"}, ["duration='0 steps'", "less than one step"]),
+    ({"duration": "0 steps"}, {"duration": "8192 tokens"}, ["duration='0 steps'", "less than one step"]),
     ({"duration": "long"}, {}, ["duration", "'long' is not a duration"]),
     ({"seed": 2**63}, {"seed": 2**63 - 1}, ["seed"]),
     # Mixture and replay.

@@ -168,3 +168,22 @@ def test_windows_whose_gradients_a_mixer_compares(mixer: str, settings: Any, eva
 
 def test_one_window_has_no_variance() -> None:
     assert "windows_per_domain" in refused({**BASE, "mixture": {"mixer": "pike", "pike": {"windows_per_domain": 1}}})
+
+
+@pytest.mark.parametrize("duration", ["8191 tokens", "0 steps", "0.5 steps"])
+def test_a_stage_that_makes_no_step_is_refused_with_its_tokens_and_batch(duration: str) -> None:
+    message = refused({**BASE, "duration": duration})
+    assert "less than one step of batch.global_batch_size=32 windows of batch.sequence_length=256" in message
+    assert "which is 8192" in message
+    assert build({**BASE, "duration": "8192 tokens"}).total_steps == 1
+
+
+def test_no_duration_is_no_step() -> None:
+    assert build(BASE).steps("0 steps") == 0
+    assert build(BASE).steps("1 tokens") == 1
+    for setting in (
+        {"stop_at": "0 steps"},
+        {"evaluation": {"interval": "0%"}},
+        {"checkpoint": {"interval": "0 steps"}},
+    ):
+        assert "is no step at all" in refused({**BASE, **setting})

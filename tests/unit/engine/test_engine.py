@@ -11,8 +11,7 @@ import pytest
 from ranks import single_workers
 from ranks.harness import RanksFailed, run_ranks
 from ranks.tiny import VOCAB_SIZE, tiny_config
-from rewarm.engine.layout import parameter_count
-from rewarm.model.architecture import Architecture
+from rewarm.model.architecture import Architecture, parameter_count
 
 
 def test_losses_are_those_of_the_logits() -> None:

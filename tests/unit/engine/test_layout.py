@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ranks.tiny import VOCAB_SIZE, tiny_config
-from rewarm.engine.layout import check_layout, parameter_count
+from rewarm.engine.layout import check_layout
 from rewarm.errors import UserError
 from rewarm.model.architecture import Architecture
 
@@ -61,24 +61,3 @@ def test_a_parent_with_short_positions_is_refused() -> None:
     short = Architecture.from_config(config.model.model_copy(update={"max_position_embeddings": 16}), VOCAB_SIZE)
     with pytest.raises(UserError, match="sequence_length=32 is above the model's max_position_embeddings=16"):
         check_layout(config, short, 1)
-
-
-def test_parameter_count_of_llama_3_8b() -> None:
-    """8,030,261,248: the sum of the tensor sizes in the published index of meta-llama/Meta-Llama-3-8B."""
-    llama = Architecture(
-        family="llama",
-        num_layers=32,
-        hidden_size=4096,
-        ffn_hidden_size=14336,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        vocab_size=128256,
-        max_position_embeddings=8192,
-        rope_theta=500000.0,
-        norm_epsilon=1e-5,
-        tie_embeddings=False,
-        qkv_bias=False,
-        qk_norm=False,
-    )
-    assert parameter_count(llama) == 8_030_261_248

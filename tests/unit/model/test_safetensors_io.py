@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rewarm.engine import layout
 from rewarm.errors import UserError
+from rewarm.model.architecture import parameter_count
 from rewarm.model.huggingface import architecture_from_huggingface
 from rewarm.model.safetensors_io import INDEX, TensorFolder, TensorWriter
 from rewarm.model.tensors import open_weights, tensor_shapes
@@ -91,7 +91,7 @@ def test_shapes_are_those_that_transformers_saves(model: Path) -> None:
     stored = stored_tensors(model)
     assert tensor_shapes(architecture) == {name: tuple(stored[name].shape) for name in tensor_shapes(architecture)}
     assert tensor_shapes(architecture).keys() == stored.keys()
-    assert layout.parameter_count(architecture) == sum(tensor.numel() for tensor in stored.values())
+    assert parameter_count(architecture) == sum(tensor.numel() for tensor in stored.values())
 
 
 def test_old_rotary_buffers_are_passed_over(tmp_path: Path) -> None:

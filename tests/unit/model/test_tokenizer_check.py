@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from rewarm.config.model import ModelConfig
+from rewarm.data.tokenizer import open_backend
 from rewarm.errors import UserError
 from rewarm.model.architecture import Architecture
+from rewarm.model.reference import _load_tokenizer
 from rewarm.model.tokenizer_check import check_tokenizer_fits, required_rows
 
 
@@ -45,3 +50,22 @@ def test_a_folder_without_a_tokenizer_is_named(text: str | None, tmp_path: Path)
     with pytest.raises(UserError, match="no tokenizer can be loaded from") as caught:
         required_rows(tmp_path)
     assert str(tmp_path) in caught.value.message
+
+
+OWN = {"auto_map": {"AutoTokenizer": ["homegrown.HomegrownTokenizer", None]}, "tokenizer_class": "HomegrownTokenizer"}
+OWN_MODEL = {"auto_map": {"AutoConfig": "homegrown.HomegrownConfig"}, "model_type": "homegrown"}
+
+
+@pytest.mark.parametrize("open_it", [required_rows, open_backend, _load_tokenizer])
+@pytest.mark.parametrize(("file", "values"), [("tokenizer_config.json", OWN), ("config.json", OWN_MODEL)])
+def test_python_files_of_a_tokenizer_are_not_run(
+    open_it: Callable[[Path], Any], file: str, values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even if the terminal would say yes."""
+    monkeypatch.setattr("builtins.input", lambda *question: "y")
+    (tmp_path / file).write_text(json.dumps(values))
+    (tmp_path / "homegrown.py").write_text(f"open({str(tmp_path / 'was-run')!r}, 'w')\n")
+    with pytest.raises(UserError, match=r"Python files of its own \(homegrown") as caught:
+        open_it(tmp_path)
+    assert str(tmp_path) in caught.value.message and "deepspeed.trust_remote_code" in caught.value.message
+    assert not (tmp_path / "was-run").exists()

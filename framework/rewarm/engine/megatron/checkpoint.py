@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
@@ -130,17 +132,31 @@ def _first_failure(failure: CheckpointException) -> Exception:
     return error if isinstance(error, OSError) else RuntimeError(f"rank {rank}: {type(error).__name__}: {error}")
 
 
-def load(folder: Path, architecture: Architecture, chunks: Sequence[Decoder], optimizer: Optimizer | None) -> None:
+def load(
+    folder: Path, architecture: Architecture, chunks: Sequence[Decoder], optimizer: Optimizer, *, moments: bool
+) -> None:
     """Read what :func:`save` wrote, on this or another layout. Collective.
+
+    The weights are the fp32 main parameters of the run that wrote it, where it wrote the optimizer's state: a bfloat16
+    model has their rounded values, from which a new stage would not start where the old one ended.
+
+    Args:
+        folder: the checkpoint.
+        architecture: of the model.
+        chunks: its parts on this rank.
+        optimizer: over them.
+        moments: go on with the optimizer's state; else it stays as it is.
 
     Raises:
         UserError: if the folder is no such checkpoint, holds another model, or lacks the optimizer's state.
     """
-    _together(lambda: _check(folder, architecture, optimizer is not None))
+    contents: list[dict[str, Any]] = []
+    _together(lambda: contents.append(_check(folder, architecture, moments)))
     state = _model_state(chunks)
-    request = dict(state)
-    if optimizer is not None:
-        request["optimizer"] = optimizer.sharded.sharded_state_dict(state, is_loading=True, metadata=_metadata())
+    if moments:
+        request = {**state, "optimizer": optimizer.sharded.sharded_state_dict(state, True, metadata=_metadata())}
+    else:
+        request = _main_state(state) if contents[0]["optimizer"] else dict(state)
     error: Exception | None = None
     try:
         loaded = dist_checkpointing.load(request, str(folder))
@@ -151,16 +167,56 @@ def load(folder: Path, architecture: Architecture, chunks: Sequence[Decoder], op
     ranks.raise_on_every_rank(error)
     for name, chunk in zip(state, chunks, strict=True):
         chunk.load_state_dict(loaded[name])
-    if optimizer is None:
-        return
     with torch.no_grad():
-        optimizer.sharded.load_state_dict(loaded["optimizer"])
-    optimizer.apply_settings()
+        if moments:
+            optimizer.sharded.load_state_dict(loaded["optimizer"])
+            optimizer.apply_settings()
+        elif contents[0]["optimizer"]:
+            _set_main_parameters(optimizer, [loaded[name] for name in state], chunks)
+        else:
+            optimizer.weights_changed()
 
 
-def _check(folder: Path, architecture: Architecture, need_optimizer: bool) -> None:
+def _main_state(state: dict[str, Any]) -> dict[str, Any]:
+    """A request for the weights that gets the fp32 main parameters, under the names by which Megatron-Core's
+    optimizer saves them."""
+
+    def main(entry: Any) -> Any:
+        if not isinstance(entry.data, torch.nn.Parameter):
+            return entry
+        # Zeros, because rows that pad the vocabulary here may not be there.
+        fields = {
+            "key": f"optimizer.state.param.{entry.key}",
+            "data": torch.zeros_like(entry.data, dtype=torch.float32),
+        }
+        if isinstance(entry, ShardedTensor):
+            fields["dtype"] = torch.float32
+        return replace(entry, **fields)
+
+    return {name: {key: main(entry) for key, entry in chunk.items()} for name, chunk in state.items()}
+
+
+def _set_main_parameters(
+    optimizer: Optimizer, loaded: Sequence[dict[str, torch.Tensor]], chunks: Sequence[Decoder]
+) -> None:
+    """Set this rank's shards of the main parameters, and leave the moments as they are."""
+    values = {
+        parameter: weights[name]
+        for chunk, weights in zip(chunks, loaded, strict=True)
+        for name, parameter in chunk.named_parameters()
+    }
+    sharded = optimizer.sharded
+    for parameter in sharded.model_param_gbuf_map:
+        span = sharded._get_model_param_range_map(parameter)["param"]
+        tensors = sharded._get_main_param_and_optimizer_states(parameter)
+        main = values[parameter].view(-1)[span.start : span.end].to(parameter.device)
+        sharded._set_main_param_and_optimizer_states(parameter, {**tensors, "param": main})
+
+
+def _check(folder: Path, architecture: Architecture, need_optimizer: bool) -> dict[str, Any]:
+    """What the checkpoint says of itself."""
     try:
-        common = dist_checkpointing.load_common_state_dict(str(folder))["rewarm"]
+        common: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(folder))["rewarm"]
     except (CheckpointingException, OSError, KeyError, EOFError, RuntimeError) as failure:
         raise UserError(
             f"{folder} is not a readable checkpoint of the megatron engine: {failure}",
@@ -181,3 +237,4 @@ def _check(folder: Path, architecture: Architecture, need_optimizer: bool) -> No
             f"the checkpoint {folder} was saved without the optimizer's state",
             fix="set optimizer_state=reset, or name a checkpoint that has it",
         )
+    return common

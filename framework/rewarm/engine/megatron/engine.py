@@ -24,7 +24,7 @@ from rewarm.engine.megatron.initialize import clear_padding, initialize
 from rewarm.engine.megatron.optimizer import Optimizer
 from rewarm.engine.megatron.overlap import Replica, forward_seconds
 from rewarm.engine.megatron.transformer import Decoder, DecoderConfig, build_chunks, decoder_config
-from rewarm.model.architecture import Architecture
+from rewarm.model.architecture import Architecture, parameter_count
 
 
 class MegatronEngine(Engine):
@@ -234,9 +234,7 @@ class MegatronEngine(Engine):
     def load(self, folder: Path, *, optimizer: bool = True) -> None:
         """See :meth:`Engine.load`."""
         self._optimizer.finish()
-        checkpoint.load(folder, self.architecture, self.chunks, self._optimizer if optimizer else None)
-        if not optimizer:
-            self._optimizer.weights_changed()
+        checkpoint.load(folder, self.architecture, self.chunks, self._optimizer, moments=optimizer)
 
     def import_huggingface(self, folder: Path) -> None:
         """See :meth:`Engine.import_huggingface`."""
@@ -294,7 +292,7 @@ class MegatronEngine(Engine):
 
     def parameter_count(self) -> int:
         """See :meth:`Engine.parameter_count`."""
-        return layout.parameter_count(self.architecture)
+        return parameter_count(self.architecture)
 
     def any_rank(self, flag: bool) -> bool:
         """See :meth:`Engine.any_rank`."""

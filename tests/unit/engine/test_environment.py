@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rewarm.errors import UserError
-from rewarm.launch.environment import (
+from rewarm.engine.environment import (
     Ranks,
     check_not_batch_script,
     export_slurm_rendezvous,
@@ -13,6 +12,7 @@ from rewarm.launch.environment import (
     first_host,
     slurm_port,
 )
+from rewarm.errors import UserError
 
 
 def test_alone() -> None:
