@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from contextlib import ExitStack
 from typing import Any
 
@@ -10,8 +11,10 @@ from torch import nn
 
 from rewarm.config.deepspeed import DeepSpeedConfig
 from rewarm.config.run import RunConfig
-from rewarm.engine import device
+from rewarm.engine import device, ranks
+from rewarm.engine.deepspeed.checkpoint import together
 from rewarm.engine.deepspeed.layout import check_code
+from rewarm.engine.deepspeed.swap import check_room
 from rewarm.errors import UserError
 from rewarm.model.description import HuggingFaceModel
 from rewarm.model.reference import quiet_transformers
@@ -88,9 +91,18 @@ def build_model(config: RunConfig, model: HuggingFaceModel, deepspeed: Any, valu
             )
         with quiet_transformers():  # version 5 has another name for it and says so
             built.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if settings.nvme_path is not None:
+        _check_nvme(config, built)
     if settings.zero_stage == 3 and config.parallel.tensor == 1:
         _cut(built, deepspeed, values)
     return built.train()
+
+
+def _check_nvme(config: RunConfig, model: nn.Module) -> None:
+    hosts: list[str] = ranks.gather(platform.node())
+    shares = [-(-parameter.numel() // len(hosts)) for parameter in model.parameters()]
+    here, width = hosts.count(platform.node()), getattr(torch, config.precision).itemsize
+    together(lambda: check_room(config.deepspeed, shares, ranks=here, parameter_bytes=width))
 
 
 def _train_every_embedding(model: Any) -> None:

@@ -10,6 +10,7 @@ import fcntl
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from rewarm.config.deepspeed import DeepSpeedConfig
 from rewarm.errors import UserError
 
 _PREFIX = "rewarm-"
+_LEAST = 1 << 20
+"""Bytes that DeepSpeed moves at once; what takes less stays in memory."""
 
 
 def check_folder(settings: DeepSpeedConfig) -> None:
@@ -35,6 +38,36 @@ def check_folder(settings: DeepSpeedConfig) -> None:
             f"deepspeed.nvme_path={settings.nvme_path} cannot be written: {error.strerror}",
             fix="name a folder that exists on a fast local disk of every machine",
         ) from error
+
+
+def check_room(settings: DeepSpeedConfig, shares: Iterable[int], *, ranks: int, parameter_bytes: int) -> None:
+    """Refuse an ``nvme_path`` that would be full before the first step ends: DeepSpeed's writer then ends the process.
+
+    Args:
+        settings: of the run.
+        shares: elements of one rank's part of each parameter.
+        ranks: of this machine.
+        parameter_bytes: of one element of the model's precision.
+
+    Raises:
+        UserError: with both sizes.
+    """
+    if settings.nvme_path is None:
+        return
+    sizes = list(shares)
+    need = 0
+    if settings.offload_optimizer == "nvme":  # fp32 master, two moments and the gradient
+        need += sum(16 * size for size in sizes if 4 * size >= _LEAST)
+    if settings.offload_parameters == "nvme":
+        need += sum(parameter_bytes * size for size in sizes if parameter_bytes * size >= _LEAST)
+    disk = os.statvfs(settings.nvme_path)
+    free = disk.f_bavail * disk.f_frsize
+    if need * ranks > free:
+        raise UserError(
+            f"deepspeed.nvme_path={settings.nvme_path} has {free / 1e9:.2f} GB free, and what {ranks} ranks of this "
+            f"machine offload takes at least {need * ranks / 1e9:.2f} GB",
+            fix="free space, name a larger disk, or use more machines",
+        )
 
 
 class SwapFolder:

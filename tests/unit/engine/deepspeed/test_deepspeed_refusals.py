@@ -16,7 +16,7 @@ import pytest
 from rewarm.config.deepspeed import DeepSpeedConfig
 from rewarm.config.load import build
 from rewarm.engine.deepspeed import extensions
-from rewarm.engine.deepspeed.swap import SwapFolder
+from rewarm.engine.deepspeed.swap import SwapFolder, check_room
 from rewarm.engine.layout import check_layout
 from rewarm.errors import UserError
 from rewarm.model.description import HuggingFaceModel
@@ -145,6 +145,21 @@ def test_folder_for_nvme_that_cannot_be_written(tmp_path: Path) -> None:
     message = refused(LLAMA, deepspeed=settings | {"nvme_path": str(tmp_path / "missing")})
     assert f"nvme_path={tmp_path / 'missing'} cannot be written: No such file or directory" in message
     assert "cannot be written" in refused(LLAMA, deepspeed=settings | {"nvme_path": "/proc"})
+
+
+@pytest.mark.parametrize(("bits", "least"), [(32, 20e9), (16, 18e9)])
+def test_folder_for_nvme_without_room(bits: int, least: float, tmp_path: Path) -> None:
+    """Master, moments and gradient in fp32, and the parameter itself; what is below a MiB stays in memory."""
+    settings = DeepSpeedConfig.model_validate(
+        {"zero_stage": 3, "offload_optimizer": "nvme", "offload_parameters": "nvme", "nvme_path": str(tmp_path)}
+    )
+    check_room(settings, [1000] * 10**6, ranks=10**6, parameter_bytes=bits // 8)
+    disk = os.statvfs(tmp_path)
+    enough = int(disk.f_bavail * disk.f_frsize / least * 0.98)
+    check_room(settings, [10**6] * 1000, ranks=enough, parameter_bytes=bits // 8)
+    with pytest.raises(UserError, match=r"GB free, and what \d+ ranks .* at least \d+\.00 GB") as caught:
+        check_room(settings, [10**6] * 1000, ranks=enough + 10, parameter_bytes=bits // 8)
+    assert f"nvme_path={tmp_path}" in str(caught.value)
 
 
 def test_file_that_contradicts_is_refused_before_the_ranks_start(tmp_path: Path) -> None:
