@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -219,8 +219,9 @@ class ThreadQueue:
             for first in range(0, size, BLOCK):
                 last = min(first + BLOCK, size)
                 work.append((write, file, i, view[start + first : start + last], offset + first))
-        blocks = [self._pool.submit(_block, *arguments) for arguments in work]
+        blocks: list[Future[None]] = []
         try:
+            blocks.extend(self._pool.submit(_block, *arguments) for arguments in work)
             for block in blocks:
                 block.result()
         finally:  # even after an error nothing may work on the buffer any more
@@ -305,9 +306,8 @@ def measure(folder: Path, *, size: int = 256 << 20, seconds: float = 1.0) -> tup
     """
     from rewarm.offload.slabs import HostPool
 
+    buffer = HostPool(pin=False).take(size, torch.uint8).fill_(1)
     store = Store([folder], [size])
-    buffer = HostPool(pin=False).take(size, torch.uint8)
-    buffer.fill_(1)
     rates = []
     try:
         for transfer in (store.write, store.read):
