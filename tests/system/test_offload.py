@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
+import signal
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +40,48 @@ def test_killed_with_its_state_on_a_drive_and_resumed_elsewhere_is_the_unbroken_
     log = (workplace.folder / "runs" / "continue" / "logs" / "rank-0.log").read_text()
     for routes in ("100% nvme_cpu", "50% streamed, 50% cpu"):
         assert routes in log, log
+
+
+def files_without_names(drive: Path) -> list[Path]:
+    """Open files of a folder that is otherwise empty, as links that lead to them."""
+    found = []
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):  # it is not ours, or has ended
+            if link.readlink().parent == drive:
+                found.append(link)
+    return found
+
+
+def test_a_drive_that_fails_names_its_node_and_the_run_goes_on_without_it(workplace: Workplace, disk: Path) -> None:
+    """The status is that of an unfit node, which a chain of jobs avoids from then on."""
+    arguments = ["train", "continue.yaml", "parallel.data=2", "evaluation.interval=null"]
+    moved = ["duration=3000 steps", "offload.mode=nvme", f"offload.nvme_paths=[{disk}]", SMALL]
+    process = workplace.start(*arguments, *moved)
+    metrics = workplace.folder / "runs" / "continue" / "metrics.jsonl"
+    try:
+        deadline = time.monotonic() + 90
+        while not metrics.exists() or metrics.read_text().count("\n") < 4:
+            assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
+            time.sleep(0.01)
+        file = files_without_names(disk)[0]
+        while process.poll() is None and time.monotonic() < deadline:
+            if file in files_without_names(disk):
+                with contextlib.suppress(OSError):
+                    os.truncate(file, 4096)  # again and again: a write may have made it whole, with zeros
+            time.sleep(0.005)
+        output, _ = process.communicate(timeout=30)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 3, output
+    assert "offloaded optimizer state failed: Input/output error" in output and str(disk) in output, output
+    assert f"node {socket.gethostname()}" in output and "Traceback" not in output, output
+    saved = sorted((workplace.folder / "runs" / "continue" / "checkpoints").glob("step-*"))
+    assert saved, "what was saved before is still there"
+    assert not list(disk.iterdir())
+    step = int(saved[-1].name.removeprefix("step-"))
+    workplace.run(*arguments, "duration=3000 steps", f"stop_at={step + 2} steps")
+    assert workplace.lines("continue")[-1]["step"] == step + 2
 
 
 def test_8_bit_moments_survive_a_kill_to_the_bit(
