@@ -55,6 +55,9 @@ part deepspeed-extensions python scripts/deepspeed_extensions.py cpu_adam
 part adamw python scripts/benchmarks/adamw.py --threads "$(nproc)"
 part offload python scripts/benchmarks/offload.py --elements 400000000 --subgroup 20000000 --threads "$(nproc)" \
     ${NVME:+--nvme "$NVME"}
+# Engines run with one connection, which Megatron-Core wants for its own overlap: does it cost copies theirs?
+part offload-one-connection env CUDA_DEVICE_MAX_CONNECTIONS=1 python scripts/benchmarks/offload.py \
+    --elements 400000000 --subgroup 20000000 --threads "$(nproc)"
 part offload-step python scripts/benchmarks/offload_step.py --layers 16 --hidden 1024 --sequence 1024 \
     --subgroup 20000000 --modes none cpu streamed deep_optimizer_states
 part offload-rivals python scripts/benchmarks/offload_rivals.py --output "$folder" "$@"

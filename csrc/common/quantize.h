@@ -2,8 +2,10 @@
 //
 // A number is a code times the scale of its block. The code of a magnitude has `WIDTH` bits: n zeros say that it lies
 // in the decade [10^-(n+1), 10^-n), a one ends them, the bits that are left cut the decade into equal cells whose
-// middle is the value. The scale makes the largest value of the code that of the block. With a sign (first moment)
-// WIDTH is 7, without (second moment) 8. A second moment never becomes zero by rounding, for a step divides by it.
+// middle is the value. All values are then divided by the largest, so that it is 1 and the scale is the block's largest
+// magnitude itself: what was quantised once has the same codes and scale when it is quantised again. With a sign (first
+// moment) WIDTH is 7, without (second moment) 8. A second moment never becomes zero by rounding, for a step divides by
+// it.
 #pragma once
 
 #include "adamw.h"
@@ -17,6 +19,10 @@ constexpr int SIGNED_WIDTH = 7, UNSIGNED_WIDTH = 8;
 // Scales below this have no inverse in fp32; such a block is kept as zeros.
 constexpr float LEAST_SCALE = 1e-37f;
 
+// The middle of the last cell of the first decade.
+template <int WIDTH>
+constexpr double TOP = 0.1 + 0.9 * ((1 << (WIDTH - 1)) - 0.5) / (1 << (WIDTH - 1));
+
 // The values of all codes of a width, computed in double precision and rounded once.
 template <int WIDTH>
 struct Codebook {
@@ -26,16 +32,14 @@ struct Codebook {
         double decade = 1;
         for (int cells = 1 << (WIDTH - 1); cells >= 1; cells /= 2, decade /= 10)
             for (int j = 0; j < cells; j++) {
-                const float middle = float(decade * (0.1 + 0.9 * (j + 0.5) / cells));
+                const float middle = float(decade * (0.1 + 0.9 * (j + 0.5) / cells) / TOP<WIDTH>);
                 value[cells + j] = middle;
                 if (WIDTH == SIGNED_WIDTH) value[128 + cells + j] = -middle;
             }
     }
-
-    constexpr float top() const { return value[(1 << WIDTH) - 1]; }
 };
 
-// The magnitude's code of y >= 0, a number over its scale; 0 for what lies below the last decade, and for a NaN.
+// The magnitude's code of y >= 0, in which the decades lie; 0 for what lies below the last one, and for a NaN.
 template <int WIDTH>
 REWARM_INLINE uint32_t encode(float y) {
     constexpr float BORDER[8] = {1e-1f, 1e-2f, 1e-3f, 1e-4f, 1e-5f, 1e-6f, 1e-7f, 1e-8f};
@@ -54,7 +58,7 @@ REWARM_INLINE uint32_t encode(float y) {
     return y == y && zeros < WIDTH ? uint32_t(cells + cell) : 0u;
 }
 
-// `inverse` is 1 / scale, or 0 for a block of zeros.
+// `inverse` is that of inverse_of.
 REWARM_INLINE uint8_t quantize_signed(float x, float inverse) {
     const uint32_t code = encode<SIGNED_WIDTH>(mul_rn(float_of(bits_of(x) & 0x7FFFFFFFu), inverse));
     return uint8_t(code | (code ? sign_of(x) << 7 : 0u));
@@ -66,11 +70,15 @@ REWARM_INLINE uint8_t quantize_unsigned(float x, float inverse) {
 }
 
 // Largest magnitudes are compared as words, in which infinity and NaN lie above all numbers: they reach the scale.
-REWARM_INLINE float scale_of(uint32_t largest_bits, float top) {
-    const float scale = div_rn(float_of(largest_bits), top);
+REWARM_INLINE float scale_of(uint32_t largest_bits) {
+    const float scale = float_of(largest_bits);
     return scale < LEAST_SCALE ? 0.0f : scale;
 }
 
-REWARM_INLINE float inverse_of(float scale) { return scale > 0 ? div_rn(1.0f, scale) : 0.0f; }
+// What brings a number of a block into the decades of the code; 0 for a block of zeros.
+template <int WIDTH>
+REWARM_INLINE float inverse_of(float scale) {
+    return scale > 0 ? div_rn(float(TOP<WIDTH>), scale) : 0.0f;
+}
 
 }  // namespace rewarm

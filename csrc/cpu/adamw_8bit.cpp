@@ -21,6 +21,8 @@ struct QuantizedState {
     void* out;
 };
 
+int64_t blocks_of(int64_t elements) { return (elements + QUANTIZED_BLOCK - 1) / QUANTIZED_BLOCK; }
+
 // The update of one block in fp32; what its moments became stays in `m` and `v`. Returns their largest magnitudes.
 template <int GRAD, int OUT>
 REWARM_INLINE void update_block(const QuantizedState& s, const rewarm_adamw_step& step, int64_t block, int64_t count,
@@ -47,6 +49,22 @@ REWARM_INLINE void update_block(const QuantizedState& s, const rewarm_adamw_step
     largest[1] = largest2;
 }
 
+// Keeps the moments of one block.
+REWARM_INLINE void store_block(const QuantizedState& s, int64_t block, int64_t count, const float* __restrict__ m,
+                               const float* __restrict__ v, const uint32_t* largest) {
+    const int64_t first = block * QUANTIZED_BLOCK;
+    const float scale1 = scale_of(largest[0]), scale2 = scale_of(largest[1]);
+    s.scale1[block] = scale1;
+    s.scale2[block] = scale2;
+    const float inverse1 = inverse_of<SIGNED_WIDTH>(scale1), inverse2 = inverse_of<UNSIGNED_WIDTH>(scale2);
+    uint8_t* __restrict__ codes1 = s.moment1 + first;
+    uint8_t* __restrict__ codes2 = s.moment2 + first;
+#pragma GCC ivdep
+    for (int64_t i = 0; i < count; i++) codes1[i] = quantize_signed(m[i], inverse1);
+#pragma GCC ivdep
+    for (int64_t i = 0; i < count; i++) codes2[i] = quantize_unsigned(v[i], inverse2);
+}
+
 template <int GRAD, int OUT>
 struct UpdateQuantized {
     QuantizedState s;
@@ -54,26 +72,48 @@ struct UpdateQuantized {
     REWARM_INLINE void operator()(int64_t begin, int64_t end) const {
         alignas(64) float m[QUANTIZED_BLOCK], v[QUANTIZED_BLOCK];
         for (int64_t block = begin; block < end; block++) {
-            const int64_t first = block * QUANTIZED_BLOCK, count = std::min(QUANTIZED_BLOCK, s.elements - first);
+            const int64_t count = std::min(QUANTIZED_BLOCK, s.elements - block * QUANTIZED_BLOCK);
             uint32_t largest[2];
             update_block<GRAD, OUT>(s, step, block, count, m, v, largest);
-            s.scale1[block] = scale_of(largest[0], SIGNED.top());
-            s.scale2[block] = scale_of(largest[1], UNSIGNED.top());
-            const float inverse1 = inverse_of(s.scale1[block]), inverse2 = inverse_of(s.scale2[block]);
-            uint8_t* __restrict__ codes1 = s.moment1 + first;
-            uint8_t* __restrict__ codes2 = s.moment2 + first;
-#pragma GCC ivdep
-            for (int64_t i = 0; i < count; i++) codes1[i] = quantize_signed(m[i], inverse1);
-#pragma GCC ivdep
-            for (int64_t i = 0; i < count; i++) codes2[i] = quantize_unsigned(v[i], inverse2);
+            store_block(s, block, count, m, v, largest);
+        }
+    }
+};
+
+struct Quantize {
+    QuantizedState s;
+    const float* m;
+    const float* v;
+    REWARM_INLINE void operator()(int64_t begin, int64_t end) const {
+        for (int64_t block = begin; block < end; block++) {
+            const int64_t first = block * QUANTIZED_BLOCK, count = std::min(QUANTIZED_BLOCK, s.elements - first);
+            uint32_t largest[2] = {0, 0};
+            for (int64_t i = first; i < first + count; i++) {
+                largest[0] = std::max(largest[0], bits_of(m[i]) & 0x7FFFFFFFu);
+                largest[1] = std::max(largest[1], bits_of(v[i]) & 0x7FFFFFFFu);
+            }
+            store_block(s, block, count, m + first, v + first, largest);
+        }
+    }
+};
+
+struct Dequantize {
+    QuantizedState s;
+    float* m;
+    float* v;
+    REWARM_INLINE void operator()(int64_t begin, int64_t end) const {
+        for (int64_t block = begin; block < end; block++) {
+            const int64_t first = block * QUANTIZED_BLOCK, last = std::min(first + QUANTIZED_BLOCK, s.elements);
+            const float scale1 = s.scale1[block], scale2 = s.scale2[block];
+            for (int64_t i = first; i < last; i++) m[i] = mul_rn(SIGNED.value[s.moment1[i]], scale1);
+            for (int64_t i = first; i < last; i++) v[i] = mul_rn(UNSIGNED.value[s.moment2[i]], scale2);
         }
     }
 };
 
 template <int GRAD, int OUT>
 int start(const QuantizedState& state, const rewarm_adamw_step& step, int threads, int isa) {
-    const int64_t blocks = (state.elements + QUANTIZED_BLOCK - 1) / QUANTIZED_BLOCK;
-    run(UpdateQuantized<GRAD, OUT>{state, step}, blocks, threads, isa, QUANTIZED_BLOCK);
+    run(UpdateQuantized<GRAD, OUT>{state, step}, blocks_of(state.elements), threads, isa, QUANTIZED_BLOCK);
     return 0;
 }
 
@@ -105,6 +145,22 @@ int rewarm_adamw_8bit(int64_t elements, float* master, uint8_t* moment1, uint8_t
         case FLOAT16: return start_for_out<FLOAT16>(state, *step, out_type, threads, isa);
         default: return -1;
     }
+}
+
+// fp32 moments to codes and scales.
+void rewarm_quantize_moments(int64_t elements, const float* m, const float* v, uint8_t* moment1, uint8_t* moment2,
+                             float* scale1, float* scale2, int threads) {
+    using namespace rewarm;
+    const QuantizedState state{elements, nullptr, moment1, moment2, scale1, scale2, nullptr, nullptr};
+    run(Quantize{state, m, v}, blocks_of(elements), threads, -1, QUANTIZED_BLOCK);
+}
+
+// Codes and scales to fp32 moments.
+void rewarm_dequantize_moments(int64_t elements, uint8_t* moment1, uint8_t* moment2, float* scale1, float* scale2,
+                               float* m, float* v, int threads) {
+    using namespace rewarm;
+    const QuantizedState state{elements, nullptr, moment1, moment2, scale1, scale2, nullptr, nullptr};
+    run(Dequantize{state, m, v}, blocks_of(elements), threads, -1, QUANTIZED_BLOCK);
 }
 
 // The 256 values of the first (signed) and the second moment's codes.

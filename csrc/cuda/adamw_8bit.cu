@@ -13,8 +13,6 @@ constexpr int PER_THREAD = int(QUANTIZED_BLOCK) / THREADS_8BIT;
 
 __constant__ const Codebook<SIGNED_WIDTH> SIGNED_CODES;
 __constant__ const Codebook<UNSIGNED_WIDTH> UNSIGNED_CODES;
-constexpr float SIGNED_TOP = Codebook<SIGNED_WIDTH>().top();
-constexpr float UNSIGNED_TOP = Codebook<UNSIGNED_WIDTH>().top();
 
 struct QuantizedState {
     int64_t elements;
@@ -55,12 +53,12 @@ __global__ void __launch_bounds__(THREADS_8BIT) update_quantized(QuantizedState 
     atomicMax(&largest1, most1);
     atomicMax(&largest2, most2);
     __syncthreads();
-    const float next1 = scale_of(largest1, SIGNED_TOP), next2 = scale_of(largest2, UNSIGNED_TOP);
+    const float next1 = scale_of(largest1), next2 = scale_of(largest2);
     if (threadIdx.x == 0) {
         s.scale1[blockIdx.x] = next1;
         s.scale2[blockIdx.x] = next2;
     }
-    const float inverse1 = inverse_of(next1), inverse2 = inverse_of(next2);
+    const float inverse1 = inverse_of<SIGNED_WIDTH>(next1), inverse2 = inverse_of<UNSIGNED_WIDTH>(next2);
 #pragma unroll
     for (int turn = 0; turn < PER_THREAD; turn++) {
         const int64_t i = first + int64_t(turn) * THREADS_8BIT;

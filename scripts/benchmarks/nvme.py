@@ -38,16 +38,17 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=1.0, help="written and read per round")
     parser.add_argument("--blob", type=int, default=256, help="MiB per blob, as one subgroup takes")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--blocks", type=int, nargs="+", default=[1024], help="KiB per request of small pages")
     options = parser.parse_args()
     if shutil.which("fio") is None:
         parser.error("fio is not installed")
     blobs = max(1, round(options.gigabytes * 1e9 / (options.blob * MIB)))
-    rates = bandwidths(options.paths, blobs, options.blob * MIB, options.rounds)
-    print(f"{'GB/s, median of rounds':26}{'write':>8}{'read':>8}{'against fio':>24}")
+    rates = bandwidths(options.paths, blobs, options.blob * MIB, options.rounds, options.blocks)
+    print(f"{'GB/s, median of rounds':32}{'write':>8}{'read':>8}{'against fio':>24}")
     middle = {name: tuple(statistics.median(each[way]) for way in WAYS) for name, each in rates.items()}
     for name, both in middle.items():
         ratios = " ".join(f"{way} {a / b:.2f}" for way, a, b in zip(WAYS, both, middle["fio"], strict=True))
-        print(f"{name:26}{both[0] / 1e9:8.2f}{both[1] / 1e9:8.2f}{ratios:>24}")
+        print(f"{name:32}{both[0] / 1e9:8.2f}{both[1] / 1e9:8.2f}{ratios:>24}")
     state, budget, grown = step_memory(options.paths)
     print(
         f"steps over {state / 1e6:.0f} MB of state on the paths: {budget / 1e6:.0f} MB of host memory and stand-in "
@@ -55,19 +56,25 @@ def main() -> None:
     )
 
 
-def bandwidths(paths: list[Path], blobs: int, size: int, rounds: int) -> dict[str, dict[str, list[float]]]:
+def bandwidths(
+    paths: list[Path], blobs: int, size: int, rounds: int, blocks: list[int]
+) -> dict[str, dict[str, list[float]]]:
     """Who -> way -> bytes/s of each round; the first round, which writes where nothing was written, is left out."""
+    from rewarm.offload import nvme
     from rewarm.offload.nvme import Store
 
-    buffers = {"rewarm": buffer(size, huge=True), "rewarm, small pages": buffer(size, huge=False)}
+    small = buffer(size, huge=False)
+    buffers = {"rewarm": (buffer(size, huge=True), nvme.BLOCK)}
+    buffers |= {f"rewarm, small pages, {block} KiB": (small, block << 10) for block in blocks}
     found: dict[str, dict[str, list[float]]] = {name: {way: [] for way in WAYS} for name in (*buffers, "fio")}
     store = Store(paths, [size] * blobs)
 
     def move(name: str, way: str) -> float:
         transfer = store.write if way == "write" else store.read
+        memory, nvme.BLOCK = buffers[name]
         start = time.perf_counter()
         for blob in range(blobs):
-            transfer(blob, buffers[name])
+            transfer(blob, memory)
         return blobs * size / (time.perf_counter() - start)
 
     with contextlib.ExitStack() as stack:

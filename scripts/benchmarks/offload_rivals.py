@@ -65,7 +65,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--contestants", nargs="+", choices=NAMES, help="[all]")
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=3, help="timed in a turn [3]")
+    parser.add_argument("--steps", type=int, default=4, help="timed in a turn [4]")
     parser.add_argument("--warm", type=int, default=2, help="steps before them [2]")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="cpu: do as without a GPU")
     parser.add_argument("--device-memory", type=float, help="GB of GPU memory to train with [computed]")

@@ -39,12 +39,12 @@ _MORE: dict[str, dict[str, Any]] = {
 FAMILIES = tuple(_MORE)
 
 
-def write_model(family: str, folder: Path, seed: int = 0) -> Path:
-    """A folder with a random model of a family, written by transformers alone."""
+def write_model(family: str, folder: Path, seed: int = 0, **sizes: int) -> Path:
+    """A folder with a random model of a family, written by transformers alone; ``sizes`` replace the usual ones."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**{**_SIZES, **_MORE[family]}))
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**{**_SIZES, **_MORE[family], **sizes}))
     with torch.no_grad():
         for parameter in model.parameters():  # transformers' zero biases and unit norms would hide a lost one
             if parameter.dim() == 1:
@@ -107,7 +107,9 @@ def plain_steps(
         loss = losses.mean() if batch.loss_mask is None else losses[torch.from_numpy(batch.loss_mask)].mean()
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]))
+        # In double: torch's sum over half a million squares in fp32 is off by more than what is tested.
+        norms = [p.grad.double().norm() for p in model.parameters() if p.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
         if settings.gradient_clipping:
             torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clipping)
         optimizer.step()

@@ -77,13 +77,39 @@ def save_all(folder: Path, cases: Sequence[dict[str, Any]], target: Path) -> lis
     results = []
     for number, settings in enumerate(cases):
         with opened(folder, settings) as engine:
-            steps(engine, 0, 3)
-            if engine.is_main:
-                (target / str(number)).mkdir()
-            engine.barrier()
-            engine.save(target / str(number))
-            results.append(steps(engine, 3, 3))
+            results.append(_save(engine, target / str(number)))
     return results
+
+
+def save_offloaded(
+    folder: Path, cases: Sequence[dict[str, Any]], target: Path
+) -> list[tuple[list[StepResult], dict[str, Any]]]:
+    """:func:`save_all`, and what DeepSpeed really has where at the end of each configuration."""
+    results = []
+    for number, settings in enumerate(cases):
+        with opened(folder, settings) as engine:
+            results.append((_save(engine, target / str(number)), _places(engine)))
+    return results
+
+
+def _save(engine: DeepSpeedEngine, target: Path) -> list[StepResult]:
+    steps(engine, 0, 3)
+    if engine.is_main:
+        target.mkdir()
+    engine.barrier()
+    engine.save(target)
+    return steps(engine, 3, 3)
+
+
+def _places(engine: DeepSpeedEngine) -> dict[str, Any]:
+    """Bytes in files by their kind, and what computes the update of which part."""
+    files = [] if engine._swap is None else list(engine._swap.path.rglob("*.swp"))
+    zero = engine.deepspeed.optimizer
+    return {
+        **{kind: sum(path.stat().st_size for path in files if kind in str(path)) for kind in ("optimizer", "params")},
+        "update": type(zero.optimizer).__name__,
+        "on_cpu": zero.partial_offload,
+    }
 
 
 def load_all(

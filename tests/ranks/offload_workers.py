@@ -71,16 +71,18 @@ def mixtures(count: int, half: bool) -> list[Placement]:
 
 
 def compare(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Fifty steps plain, and fifty that change the placement every seven: what is equal, and what was covered."""
+    """Fifty steps with mode none, and fifty that change the placement every seven: what is equal and was covered."""
     engine = build(settings)
     expected = train(engine, 0, STEPS)
     wanted = state_of(engine)
-    paths = {"mode": "nvme", "subgroup_size": 8192, "nvme_paths": [str(folder)]}
+    size = 7 * 2048 if engine.config.optimizer.eight_bit else 8192
+    paths = {"mode": "nvme", "subgroup_size": size, "nvme_paths": [str(folder)]}
     engine = build({**settings, "offload": paths})
     inner = engine._optimizer._inner.offload.inner
     layout = inner.layout
     results = train(engine, 0, 1)
-    for i, placement in enumerate(mixtures(layout.subgroups, settings.get("precision") == "bfloat16")):
+    split = settings.get("precision") == "bfloat16" and not engine.config.optimizer.eight_bit
+    for i, placement in enumerate(mixtures(layout.subgroups, split)):
         inner.place(placement)
         results += train(engine, 1 + 7 * i, 8 + 7 * i)
     assert len(results) == STEPS

@@ -211,3 +211,27 @@ def failing_link(settings: dict[str, Any], section: dict[str, Any], folder: Path
             messages[name] = str(error)
     engine._optimizer.close()
     return messages
+
+
+def interrupted(settings: dict[str, Any], section: dict[str, Any]) -> list[bool]:
+    """A backward pass ends in an error near its end, and the step is tried again: losses equal to the plain run's."""
+    expected = losses(build(settings), 0, 6)
+    engine = build({**settings, "offload": section})
+    found = losses(engine, 0, 3)
+    inner, seen = inner_of(engine), []
+
+    def fail(gradient: torch.Tensor) -> None:
+        if inner.begun:  # in the last micro-batch
+            seen.append(True)
+            raise RuntimeError("out of memory")
+
+    first = engine.chunks[0].embedding.word_embeddings.weight
+    handle = first.register_hook(fail)
+    try:
+        train(engine, 3, 4)
+    except RuntimeError as error:
+        assert "out of memory" in str(error)
+    handle.remove()
+    found += losses(engine, 3, 6)
+    engine._optimizer.close()
+    return [*(a == b for a, b in zip(found, expected, strict=True)), bool(seen)]

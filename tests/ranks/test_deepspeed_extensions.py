@@ -1,11 +1,12 @@
 """What needs DeepSpeed's compiled extensions: TwinFlow and NVMe follow plain torch, and so do their checkpoints.
 
 The extensions take minutes to compile, so the tests run where that has been done:
-``python scripts/deepspeed_extensions.py``.
+``python scripts/deepspeed_extensions.py``, with EXTENSIONS naming the same folder for both if it is not the usual one.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from ranks.harness import run_ranks
 from rewarm.config.deepspeed import DeepSpeedConfig
 from rewarm.engine.deepspeed.extensions import is_built
 
-STAGE3: dict[str, Any] = {"zero_stage": 3, "sub_group_size": 5000, "persistence_threshold": 0}
+PLACE = {"extensions_folder": os.environ.get("EXTENSIONS")}
+STAGE3: dict[str, Any] = {**PLACE, "zero_stage": 3, "sub_group_size": 5000, "persistence_threshold": 0}
 
 
 def settings(case: str, nvme: Path) -> dict[str, Any]:
@@ -32,22 +34,33 @@ def settings(case: str, nvme: Path) -> dict[str, Any]:
 
 
 def need(extension: str) -> None:
-    if not is_built(extension, DeepSpeedConfig()):
+    if not is_built(extension, DeepSpeedConfig.model_validate(PLACE)):
         pytest.skip(f"{extension} is not compiled here: python scripts/deepspeed_extensions.py {extension}")
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model("llama", tmp_path_factory.mktemp("model"))
+    """DeepSpeed moves a rank's part of a parameter if it takes a MiB: here those of the three matrices of the MLP."""
+    folder = tmp_path_factory.mktemp("model")
+    return write_model("llama", folder, hidden_size=256, intermediate_size=2048, num_hidden_layers=1)
 
 
-def follow(model: Path, nvme: Path, cases: list[str]) -> None:
-    """Train each case, save it after three steps, go on for three, and load it under the others and without offload."""
+MATRIX = 1 << 20
+"""Bytes of a rank's share of one of them in fp32."""
+
+
+def follow(model: Path, nvme: Path, cases: list[str]) -> list[dict[str, Any]]:
+    """Train each case, save it after three steps, go on for three, and load it under the others and without offload.
+
+    Returns:
+        What each case really had where, on the first rank.
+    """
     plain = [(loss, norm) for loss, norm, _ in plain_steps(model, deepspeed_config(model), 6)]
     target = nvme / "saved"
     target.mkdir()
     chosen = [settings(case, nvme) for case in cases]
-    saved = run_ranks(workers.save_all, 2, model, chosen, target, timeout=280.0)[0]
+    results = run_ranks(workers.save_offloaded, 2, model, chosen, target, timeout=280.0)[0]
+    saved = [steps for steps, _ in results]
     for case, steps in zip(cases, saved, strict=True):
         for ours, (loss, norm) in zip(steps, plain[3:], strict=True):
             assert ours.loss == pytest.approx(loss, abs=1e-6), case
@@ -61,13 +74,21 @@ def follow(model: Path, nvme: Path, cases: list[str]) -> None:
                 assert ours.loss == pytest.approx(theirs.loss, abs=1e-6), (case, name)
                 assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-6), (case, name)
     assert not list(nvme.glob("rewarm-*")), "files were left on the disk"
+    return [places for _, places in results]
 
 
 def test_twin_flow(model: Path, tmp_path: Path) -> None:
     need("cpu_adam")
-    follow(model, tmp_path, ["TwinFlow", "neither"])
+    places = follow(model, tmp_path, ["TwinFlow", "neither"])[0]
+    assert (places["update"], places["on_cpu"]) == ("DeepSpeedCPUAdam", 0.5)
 
 
 def test_nvme(model: Path, tmp_path: Path) -> None:
     need("async_io")
-    follow(model, tmp_path, ["optimizer on NVMe", "optimizer and parameters on NVMe", "neither"])
+    optimizer, both, neither = follow(
+        model, tmp_path, ["optimizer on NVMe", "optimizer and parameters on NVMe", "neither"]
+    )
+    arrays = 4 * 3 * MATRIX  # master, moments and gradient
+    assert (optimizer["optimizer"], optimizer["params"]) == (arrays, 0)
+    assert (both["optimizer"], both["params"]) == (arrays, 3 * MATRIX)
+    assert (neither["optimizer"], neither["params"]) == (0, 0)

@@ -12,10 +12,12 @@ from ranks.harness import run_ranks
 
 TIED = {"model": {"tie_embeddings": True, "num_layers": 2}, "batch": {"micro_batch_size": 2}}
 HALF = {**TIED, "model": {"num_layers": 2}, "precision": "bfloat16"}
+EIGHT_BIT = {"name": "adamw_8bit", "gradient_clipping": 0.5}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "data 1, tied": (1, TIED),
     "data 1, bfloat16": (1, HALF),
     "data 2, bfloat16": (2, HALF),
+    "data 2, bfloat16, 8 bits": (2, {**HALF, "optimizer": EIGHT_BIT}),
     "tensor 2, pipeline 2, tied": (4, {**TIED, "parallel": {"tensor": 2, "pipeline": 2}}),
 }
 

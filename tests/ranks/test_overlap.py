@@ -83,6 +83,7 @@ COPIED = {
     "data 2, communication apart": (2, {**TIED, "megatron": {"overlap_communication": False}}),
     "tensor 2, sequence": (2, NORMED),
     "pipeline 2, interleaved, tied": (2, INTERLEAVED),
+    "data 2, pipeline 2, interleaved, tied": (4, INTERLEAVED),
 }
 
 
@@ -103,3 +104,8 @@ def test_an_update_that_fails_after_its_step_is_told_and_never_saved(tmp_path: P
     (messages,) = run_ranks(overlap_workers.failing_link, 1, TIED, section, tmp_path)
     assert set(messages.values()) == {"the link is down"}, messages
     assert not list(tmp_path.iterdir())
+
+
+def test_passes_that_end_in_an_error_leave_nothing_begun() -> None:
+    (outcome,) = run_ranks(overlap_workers.interrupted, 1, HALF, {"mode": "streamed", **SLOW})
+    assert all(outcome), outcome

@@ -37,6 +37,23 @@ def test_killed_with_its_state_on_a_drive_and_resumed_elsewhere_is_the_unbroken_
         assert routes in log, log
 
 
+def test_8_bit_moments_survive_a_kill_to_the_bit(
+    workplace: Workplace, without_timing: Callable[[Lines], Lines]
+) -> None:
+    eight = "optimizer.name=adamw_8bit"
+    workplace.run("train", "continue.yaml", eight, "name=reference")
+    kill_after_line(workplace, random.randint(4, 10), eight, "offload.mode=cpu", SMALL)
+    workplace.run("train", "continue.yaml", eight, "offload.mode=streamed", SMALL, "stop_at=11 steps")
+    expected = without_timing(workplace.lines("reference"))
+    assert without_timing(workplace.lines("continue")) == expected[:11]
+    # Other ranks hold other parts of the parameters: the same state, rounded in other blocks.
+    output = workplace.run("train", "continue.yaml", eight, "parallel.data=2")
+    assert "on another layout 8-bit moments lie in other blocks" in output
+    assert workplace.lines("continue")[11]["loss"] == pytest.approx(expected[11]["loss"], rel=1e-4)
+    log = (workplace.folder / "runs" / "continue" / "logs" / "rank-0.log").read_text()
+    assert "100% cpu, 8-bit moments" in log and "100% streamed, 8-bit moments" in log, log
+
+
 def test_a_runs_own_file_is_profiled_placed_and_traced(
     trained: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -238,6 +238,7 @@ def _case(
 
     parameters, shards = share.parameters, share.shards or share.ranks
     grad_bytes = param_bytes = 2
+    eight_bit = False
     if config is None:
         chosen = _settings(settings)
         if parameters is None:
@@ -252,6 +253,7 @@ def _case(
         # Both engines reduce gradients in fp32; DeepSpeed keeps its own fp32 parameters on the device.
         half = run.precision == "bfloat16" and run.engine == "megatron"
         grad_bytes, param_bytes = 4, 2 if half else 4
+        eight_bit = run.optimizer.eight_bit
     for name, value in (("parameters", parameters), ("forward", share.forward), ("backward", share.backward)):
         if not 0 <= value < float("inf") or (name == "parameters" and value == 0):
             raise UserError(f"--{name} {value:g} must be positive")
@@ -262,6 +264,7 @@ def _case(
         host_memory=None if chosen.host_memory is None else chosen.host_memory * 1e9,
         device_free=None if memory is None else memory * 1e9,
         size=chosen.subgroup_size,
+        eight_bit=eight_bit,
     )
     job = Job(
         max(1, round(parameters / shards)),
@@ -271,6 +274,7 @@ def _case(
         grad_bytes=grad_bytes,
         param_bytes=param_bytes,
         clip=share.clip,
+        eight_bit=eight_bit,
     )
     return chosen, machine, job
 
@@ -305,6 +309,9 @@ def _print_profile(measured: Profile) -> None:
     for where, rates in (("CPU update", measured.cpu_rates), ("device update", measured.device_rates)):
         for size, rate in rates.items():
             typer.echo(f"  {where + f' of {int(size) / 1e6:.0f}M':28}{rate / 1e9:10.2f} Gparam/s")
+    for where, rate in measured.eight_bit_rates.items():
+        name = f"{'CPU' if where == 'cpu' else where} update, 8-bit moments"
+        typer.echo(f"  {name:28}{rate / 1e9:10.2f} Gparam/s")
     typer.echo(f"  {'CPU update under copies':28}{measured.cpu_rate_under_copies / 1e9:10.2f} Gparam/s")
     for path, drive in measured.nvme.items():
         typer.echo(f"  {path}: read {drive['read'] / 1e9:.2f}, write {drive['write'] / 1e9:.2f} GB/s")

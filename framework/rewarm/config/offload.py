@@ -36,7 +36,8 @@ class OffloadConfig(Section):
     GPU. twinflow: a fixed part stays on the GPU, the rest on the CPU. deep_optimizer_states: every stride-th subgroup
     is streamed, the others are updated by the CPU. nvme: state on local drives."""
     subgroup_size: int = Field(50_000_000, ge=64)
-    """Parameters per subgroup, the unit that moves. Each slot takes 12 bytes per parameter of it on the GPU."""
+    """Parameters per subgroup, the unit that moves. Each slot takes 12 bytes per parameter of it on the GPU
+    (6 with 8-bit moments)."""
     slots: int = Field(3, ge=1)
     """Subgroups that may be on the GPU at once on their way through it."""
     stride: int = Field(2, ge=1)
@@ -44,8 +45,8 @@ class OffloadConfig(Section):
     resident_fraction: float | None = Field(None, ge=0, le=1)
     """twinflow: part of the state that stays on the GPU; null means as much as fits."""
     split_master: bool = True
-    """With bfloat16 parameters, move only the 16 bits of the fp32 master that the parameter does not hold: 10 bytes
-    instead of 12 per parameter each way, without loss."""
+    """With bfloat16 parameters and fp32 moments, move only the 16 bits of the fp32 master that the parameter does not
+    hold: 10 bytes instead of 12 per parameter each way, without loss."""
     device_memory: float | None = Field(None, ge=0)
     """GB of GPU memory per rank for state and slots; null means what is free beside the model and its activations."""
     host_memory: float | None = Field(None, gt=0)
@@ -73,23 +74,35 @@ class OffloadConfig(Section):
         return self
 
 
+def places_state(config: RunConfig) -> bool:
+    """True if the optimizer's state is kept by the offload package, be it on the device, and not by torch."""
+    return config.offload.mode != "none" or config.optimizer.eight_bit
+
+
+def placed_by(config: RunConfig) -> str:
+    """The setting because of which :func:`places_state` is true."""
+    mode = config.offload.mode
+    return f"optimizer.name={config.optimizer.name}" if mode == "none" else f"offload.mode={mode}"
+
+
 def check_offload(config: RunConfig) -> None:
-    """Refuse offload where the run has nothing that it could move.
+    """Refuse offload where the run has nothing that it could move, and a second one of the same state.
 
     Raises:
         ValueError: naming the setting and what to change.
     """
     mode, deepspeed = config.offload.mode, config.deepspeed
-    if mode == "none":
+    if not places_state(config):
         return
-    if config.optimizer.name != "adamw":
+    if config.optimizer.name == "sgd":
         raise ValueError(
             f"offload.mode={mode} moves the state of AdamW, and optimizer.name={config.optimizer.name} has none to "
             "move: set offload.mode=none or optimizer.name=adamw"
         )
     for name in ("offload_optimizer", "offload_parameters"):
         if getattr(deepspeed, name) != "none":
+            other = "set one of them to none" if mode != "none" else f"use offload.mode instead of deepspeed.{name}"
             raise ValueError(
-                f"offload.mode={mode} and deepspeed.{name}={getattr(deepspeed, name)} both move what the optimizer "
-                "works on: set one of them to none"
+                f"{placed_by(config)} and deepspeed.{name}={getattr(deepspeed, name)} both move what the optimizer "
+                f"works on: {other}"
             )

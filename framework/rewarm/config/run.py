@@ -39,7 +39,7 @@ class RunConfig(Section):
     """What turns a batch into an optimizer step. megatron: Megatron-Core, for the families that ``model`` can name.
     deepspeed: DeepSpeed ZeRO around any causal language model of transformers."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Type of parameters and activations; the optimizer always keeps fp32 parameters and moments."""
+    """Type of parameters and activations; the optimizer always keeps fp32 parameters."""
     tokenizer: str | None = None
     """Folder of a Hugging Face tokenizer; null means the parent's, or the one the domains were built with."""
     parent: str | None = None

@@ -25,9 +25,9 @@ from rewarm.offload.optimizer import Means, OffloadedAdamW, layout_of
 from rewarm.offload.pipeline import predict
 from rewarm.offload.placement import interleave
 from rewarm.offload.plan import Drift, calibrated, choose, plan, update_seconds
-from rewarm.offload.routes import STATE_BYTES, Job, Machine, Placement
+from rewarm.offload.routes import QUANTIZED_BLOCK, Job, Machine, Placement
 from rewarm.offload.simulate import Timeline
-from rewarm.offload.slabs import HostPool, aligned
+from rewarm.offload.slabs import ALIGNMENT, HostPool, aligned
 
 log = logging.getLogger(__name__)
 
@@ -82,25 +82,29 @@ class Offload:
         *,
         gradient_type: torch.dtype,
         masters: Sequence[Tensor] | None = None,
+        eight_bit: bool = False,
     ) -> None:
         """Place the state, with moments of zero.
 
         Args:
-            settings: with a mode other than none.
+            settings: of the run; with mode none all state stays on the device.
             names, shards, groups, masters: see :class:`~rewarm.offload.optimizer.OffloadedAdamW`; none at all on a
                 rank that updates nothing.
             gradient_type: of the gradients that :meth:`step` is given.
+            eight_bit: keep the moments as one byte each.
 
         Raises:
             UserError: on every rank, if memory, a drive or the profile does not serve.
         """
-        self.settings = settings.model_copy(update={"subgroup_size": aligned(settings.subgroup_size)})
+        size = aligned(settings.subgroup_size, QUANTIZED_BLOCK if eight_bit else ALIGNMENT)
+        self.settings = settings.model_copy(update={"subgroup_size": size})
         self._device: Device = _together(lambda: open_device(settings.stand_in, required=False))
-        layout = layout_of(names, shards, groups, self.settings.subgroup_size) if shards else None
+        layout = layout_of(names, shards, groups, size, eight_bit=eight_bit) if shards else None
         self._subgroups = 0 if layout is None else layout.subgroups
         param_bytes = shards[0].dtype.itemsize if shards else 4
         numel = 0 if layout is None else layout.numel
-        self._job = Job(numel, 1e-6, 1e-6, grad_bytes=gradient_type.itemsize, param_bytes=param_bytes)
+        grad_bytes = gradient_type.itemsize
+        self._job = Job(numel, 1e-6, 1e-6, grad_bytes=grad_bytes, param_bytes=param_bytes, eight_bit=eight_bit)
         cores = tuple(sorted(os.sched_getaffinity(0)))
         seat = Seat(platform.node(), cores, self._device.node, profile.available_memory(), self._device_free(), numel)
         self._seats: list[Seat] = ranks.gather(seat)
@@ -112,7 +116,7 @@ class Offload:
         self._room = self._machine.device_free
         if self._open_ended:
             # Until a step was rehearsed, only the buffers that state passes through are counted on.
-            buffers = float(STATE_BYTES * settings.slots * self.settings.subgroup_size)
+            buffers = self._job.state_bytes() * settings.slots * size
             self._machine = replace(self._machine, device_free=min(self._room, buffers))
         placement = self._choose()
         self.inner: OffloadedAdamW | None = None
@@ -122,15 +126,7 @@ class Offload:
             if layout is None:
                 return None
             self._check_kernels(placement)
-            means = Means(
-                self._pool,
-                gradient_type,
-                [Path(path) for path in settings.nvme_paths],
-                self._drive_shares,
-                self.share.threads,
-                self.share.cores,
-            )
-            size = self.settings.subgroup_size
+            means = self._means(gradient_type)
             return OffloadedAdamW(
                 names, shards, groups, placement, self._job, self._device, means, subgroup_size=size, masters=masters
             )
@@ -206,13 +202,18 @@ class Offload:
         if self._open_ended or (hides is not None and self.settings.mode == "auto"):
             self._place(self._choose())
         if self.inner is not None:
-            log.info("optimizer state: %s, in %d subgroups", self.inner.placement.describe(), self._subgroups)
+            described = self.inner.placement.describe() + (", 8-bit moments" if self._job.eight_bit else "")
+            log.info("optimizer state: %s, in %d subgroups", described, self._subgroups)
 
     def close(self) -> None:
         """End the threads and give memory and files back. Not collective."""
         if self.inner is not None:
             self.inner.close()
         self._pool.close()
+
+    def _means(self, gradient_type: torch.dtype) -> Means:
+        paths, share = [Path(path) for path in self.settings.nvme_paths], self.share
+        return Means(self._pool, gradient_type, paths, self._drive_shares, share.threads, share.cores)
 
     @property
     def _open_ended(self) -> bool:
@@ -253,7 +254,10 @@ class Offload:
             measured = self._profile()
             drives = [measured.nvme[str(Path(path))] for path in space]
             self._drive_shares = [min(drive["read"], drive["write"]) for drive in drives] or None
-            machine = measured.machine(ranks=len(node), host_memory=host, device_free=room, size=settings.subgroup_size)
+            size, eight_bit = settings.subgroup_size, self._job.eight_bit
+            machine = measured.machine(
+                ranks=len(node), host_memory=host, device_free=room, size=size, eight_bit=eight_bit
+            )
             return replace(machine, nvme_free=sum(space.values()))
         machine = replace(_UNMEASURED, host_free=host, device_free=room, nvme_free=sum(space.values()))
         return replace(machine, nvme_read=1.0, nvme_write=1.0) if space else machine
@@ -328,6 +332,11 @@ class Offload:
 
     def _check_kernels(self, placement: Placement) -> None:
         where = self._device.torch_device
+        if self._job.eight_bit and not adamw.runs_on(torch.device("cpu")):
+            raise UserError(
+                "optimizer.name=adamw_8bit needs the compiled library, which is missing",
+                fix=f"{native.REBUILD}; or set optimizer.name=adamw",
+            )
         if any(route.on_device for route in placement.routes) and not adamw.runs_on(where) and where.type == "cuda":
             raise UserError(
                 f"offload.mode={self.settings.mode} updates on the GPU, and {native.why_no_cuda()}",

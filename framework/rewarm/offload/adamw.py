@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from rewarm import native
+from rewarm.offload.routes import QUANTIZED_BLOCK
 
 _TYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _NONE = 0
-QUANTIZED_BLOCK = 2048
-"""Elements that share a scale in :class:`Moments8bit`."""
+_FEATURE = "8-bit moments"
 SUM_BLOCK = 4096
 """Elements per partial sum of :func:`sum_squares`; gradients cut at multiples of it add up the same."""
 
@@ -160,9 +160,8 @@ class Moments8bit:
     """Both moments as one byte per element (approximate by name).
 
     Block-wise dynamic quantisation (Dettmers et al., 2021): a code is a decade and a linear cell in it, the scale is
-    that of the largest magnitude of 2048 elements. An element's first moment is off by at most 0.7% of its block's
-    largest, its second by at most 0.35%, and each by at most half a cell of its own decade. 2 bytes per parameter
-    instead of 8.
+    the largest magnitude of 2048 elements. An element's first moment is off by at most 0.7% of its block's largest, its
+    second by at most 0.35%, each by at most half a cell of its own decade. Quantised again, values keep all bits.
     """
 
     codes1: torch.Tensor
@@ -170,7 +169,6 @@ class Moments8bit:
     codes2: torch.Tensor
     """uint8 [N], second moment."""
     scales1: torch.Tensor
-    """fp32 [ceil(N / 2048)]."""
     scales2: torch.Tensor
     """fp32 [ceil(N / 2048)]."""
 
@@ -181,16 +179,25 @@ class Moments8bit:
         codes = (torch.zeros(numel, dtype=torch.uint8, device=device) for _ in range(2))
         return cls(*codes, *(torch.zeros(blocks, device=device) for _ in range(2)))
 
+    @classmethod
+    def of(cls, moment1: torch.Tensor, moment2: torch.Tensor) -> Moments8bit:
+        """Quantise fp32 moments [N] on the host; a block begins with the first element."""
+        _check(moment1, (moment1, moment2), None, None)
+        found = cls.zeros(moment1.numel())
+        arguments = _count(moment1), *_pointers(moment1, moment2, *found.arrays())
+        _library_for(_FEATURE).rewarm_quantize_moments(*arguments, 0)
+        return found
+
     def values(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """First and second moment as fp32 [N]."""
-        library = _library_for("8-bit moments")
-        tables = [torch.empty(256) for _ in range(2)]
-        library.rewarm_codebooks(*_pointers(*tables))
-        found = []
-        for table, codes, scales in zip(tables, (self.codes1, self.codes2), (self.scales1, self.scales2), strict=True):
-            each = scales.repeat_interleave(QUANTIZED_BLOCK)[: codes.numel()]
-            found.append(table.to(codes.device)[codes.long()] * each)
-        return found[0], found[1]
+        """First and second moment as new fp32 host tensors [N]."""
+        arrays = [array.cpu() for array in self.arrays()]
+        found = torch.empty(arrays[0].numel()), torch.empty(arrays[0].numel())
+        _library_for(_FEATURE).rewarm_dequantize_moments(_count(found[0]), *_pointers(*arrays, *found), 0)
+        return found
+
+    def arrays(self) -> tuple[torch.Tensor, ...]:
+        """In the order in which the kernels take them."""
+        return self.codes1, self.codes2, self.scales1, self.scales2
 
 
 def update_8bit(
@@ -216,18 +223,18 @@ def update_8bit(
         RuntimeError: without the compiled library, which no torch function stands in for.
     """
     _check(master, (master,), grad, out)
-    arrays = (moments.codes1, moments.codes2, moments.scales1, moments.scales2)
+    arrays = moments.arrays()
     assert all(x.device == master.device and x.is_contiguous() for x in arrays)
     assert all(x.dtype == torch.uint8 and x.numel() == master.numel() for x in arrays[:2])
     assert all(x.dtype == torch.float32 and x.numel() == -(-master.numel() // QUANTIZED_BLOCK) for x in arrays[2:])
     out_type = _NONE if out is None else _TYPES[out.dtype]
     target = None if out is None else ctypes.c_void_p(out.data_ptr())
-    pointers = _pointers(master, *arrays, grad)
-    head = (_count(master), *pointers, _TYPES[grad.dtype], target, out_type, ctypes.byref(step))
+    pointers = _count(master), *_pointers(master, *arrays, grad)
+    head = (*pointers, _TYPES[grad.dtype], target, out_type, ctypes.byref(step))
     if master.is_cuda:
         _cuda("rewarm_cuda_adamw_8bit", master, *head)
     else:
-        assert _library_for("8-bit moments").rewarm_adamw_8bit(*head, threads, -1) == 0
+        assert _library_for(_FEATURE).rewarm_adamw_8bit(*head, threads, -1) == 0
 
 
 def split(master: torch.Tensor, high: torch.Tensor, low: torch.Tensor, moment2: torch.Tensor) -> None:

@@ -348,16 +348,12 @@ class Executor:
         out = None if on_device or not half else self.states.host_parameters(subgroup, task.host_slot)
         host_gradient = None if on_device else self.states.host_gradient(subgroup)
         for piece, gradient in zip(self._parameters.of(subgroup), self._gradients.of(subgroup), strict=True):
-            constants, span = step.constants[piece.group], piece.span
-            moments = state.moment1[span], state.moment2[span]
+            span, parameter = piece.span, piece.tensor
             grad = gradient.tensor if host_gradient is None else host_gradient[span]
-            if state.low is not None:
-                adamw.update_split(constants, piece.tensor, state.low[span], *moments, grad, threads=self.cpu_threads)
-                continue
-            target = (piece.tensor if out is None else out[span]) if half else None
-            adamw.update(constants, state.first[span], *moments, grad, target, threads=self.cpu_threads)
-            if on_device and not half:
-                piece.tensor.copy_(state.first[span])
+            target = (parameter if out is None else out[span]) if half else None
+            state.update(step.constants[piece.group], span, parameter, grad, target, self.cpu_threads)
+            if on_device and not half and state.master is not None:
+                parameter.copy_(state.master[span])
         self.device.settle()
         if not on_device:
             self.device.pace_host(state.moment1.numel(), began)

@@ -17,9 +17,9 @@ from torch import Tensor
 from rewarm.offload.device import Device
 from rewarm.offload.execute import Executor, GroupStep
 from rewarm.offload.pieces import Pieces, cut_layout
-from rewarm.offload.routes import Job, Placement
+from rewarm.offload.routes import QUANTIZED_BLOCK, Job, Placement
 from rewarm.offload.simulate import Timeline
-from rewarm.offload.slabs import HostPool, Layout, Shard
+from rewarm.offload.slabs import ALIGNMENT, HostPool, Layout, Shard
 from rewarm.offload.states import States
 
 
@@ -73,14 +73,14 @@ class OffloadedAdamW:
             shards: flat views of this rank's pieces of the model's parameters, of one type, on the device, in the
                 order of their first use. Each step writes into them.
             groups: parameter group of each shard.
-            placement: made for ``layout_of(names, shards, groups, subgroup_size)``.
-            job: widths, and whether updates wait for the norm.
+            placement: made for ``layout_of(names, shards, groups, subgroup_size, eight_bit=job.eight_bit)``.
+            job: widths, whether updates wait for the norm, and whether moments have 8 bits.
             device: where the shards are.
             means: memory, drives and threads.
             subgroup_size: elements per subgroup.
             masters: fp32 values of the shards; None to take the shards' own.
         """
-        self.layout = layout_of(names, shards, groups, subgroup_size)
+        self.layout = layout_of(names, shards, groups, subgroup_size, eight_bit=job.eight_bit)
         self._cuts = cut_layout(self.layout)
         self._parameters = Pieces(self.layout, shards)
         self._device, self._means = device, means
@@ -89,6 +89,7 @@ class OffloadedAdamW:
         self._executor: Executor | None = None
         self._given: Sequence[Tensor] | None = None
         self._waiting: set[int] = set()
+        self._stale: set[int] = set()
         self.timeline: Timeline | None = None
         self._held: tuple[int, Tensor, Tensor, Tensor] | None = None
         self._changed = False
@@ -159,6 +160,7 @@ class OffloadedAdamW:
         assert self._executor is not None
         for shard in sorted(self._waiting, reverse=True):
             self.ready(shard)
+        self._stale = set(range(len(self.layout.shards)))
         self._executor.release(grad_scale)
 
     @property
@@ -173,10 +175,12 @@ class OffloadedAdamW:
 
     def wait(self, shard: int) -> None:
         """Block until an update that was released has written a shard's parameters."""
-        if self.updating:
+        # Asked before every module of every forward pass: the first answer of a step serves for the others.
+        if shard in self._stale:
             assert self._executor is not None
             for subgroup in self.layout.subgroups_of(shard):
                 self._executor.wait_parameters(subgroup)
+            self._stale.remove(shard)
 
     def wait_gradients(self) -> None:
         """Block until an update that was released reads no gradient any more."""
@@ -204,6 +208,7 @@ class OffloadedAdamW:
             executor.abandon()
             return None
         self.timeline = executor.finish()
+        self._stale = set()
         return self.timeline
 
     def read(self, shard: int, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -224,6 +229,9 @@ class OffloadedAdamW:
 
     def write(self, shard: int, master: Tensor, moment1: Tensor, moment2: Tensor, start: int = 0) -> None:
         """Set a shard's state, and its parameters to the rounded master.
+
+        Parts of a shard with 8-bit moments are to be written in order with nothing in between: a block that two parts
+        share is quantised when another subgroup is looked at.
 
         Args:
             shard: its index.
@@ -273,6 +281,7 @@ class OffloadedAdamW:
         self.close()
         self.timeline = None
         self.states = self._open(placement)
+        self._means.pool.trim()
         self.states.load(*state, self._parameters)
 
     def close(self) -> None:
@@ -309,6 +318,7 @@ class OffloadedAdamW:
             pool=means.pool,
             nvme_paths=means.nvme_paths,
             nvme_shares=means.nvme_shares,
+            eight_bit=self._job.eight_bit,
         )
 
     def _start(self, gradients: Pieces) -> Executor:
@@ -325,7 +335,19 @@ class OffloadedAdamW:
         )
 
 
-def layout_of(names: Sequence[str], shards: Sequence[Tensor], groups: Sequence[int], subgroup_size: int) -> Layout:
-    """The flat state of some shards."""
+def layout_of(
+    names: Sequence[str],
+    shards: Sequence[Tensor],
+    groups: Sequence[int],
+    subgroup_size: int,
+    *,
+    eight_bit: bool = False,
+) -> Layout:
+    """The flat state of some shards.
+
+    With 8-bit moments every shard begins with a block of its own: no scale serves two parameters, and no cut into
+    subgroups falls into a block.
+    """
     sizes = (shard.numel() for shard in shards)
-    return Layout.of([Shard(*item) for item in zip(names, sizes, groups, strict=True)], subgroup_size)
+    alignment = QUANTIZED_BLOCK if eight_bit else ALIGNMENT
+    return Layout.of([Shard(*item) for item in zip(names, sizes, groups, strict=True)], subgroup_size, alignment)

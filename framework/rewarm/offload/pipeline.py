@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rewarm.offload.routes import Costs, Job, Machine, Placement, Route, costs, slot_bytes
+from rewarm.offload.routes import Costs, Job, Machine, Placement, Route, costs
 from rewarm.offload.simulate import Task, Timeline, simulate
 
 
@@ -60,7 +60,7 @@ class _Builder:
         self.flushes: list[int] = []
         self.writes: list[int] = []
         self.price = {route: costs(route, job, placement.split) for route in set(placement.routes)}
-        slot = slot_bytes(job, placement.split) * self.size
+        slot = job.state_bytes(placement.split) * self.size
         self.prefetched = min(placement.slots, int(machine.device_free_backward / slot))
 
     def build(self) -> list[Task]:
@@ -180,4 +180,4 @@ class _Builder:
 
 def cpu_update_bytes(job: Job) -> float:
     """Host memory traffic per parameter of the one-pass CPU update alone."""
-    return job.grad_bytes + 24 + (job.param_bytes if job.param_bytes == 2 else 0)
+    return job.grad_bytes + 2 * job.state_bytes() + (job.param_bytes if job.param_bytes == 2 else 0)

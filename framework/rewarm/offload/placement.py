@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from rewarm.errors import UserError
 from rewarm.offload.pipeline import predict, step_seconds
 from rewarm.offload.relaxation import Relaxation, no_room, relax
-from rewarm.offload.routes import STATE_BYTES, Job, Machine, Placement, Route, memory
+from rewarm.offload.routes import Job, Machine, Placement, Route, memory
 
 SIMPLER_IF_WITHIN = 0.03
 """A placement must beat the resident or plain CPU one by this share of the step to be worth its moving parts."""
@@ -87,7 +87,7 @@ def named(machine: Machine, job: Job, subgroups: int, name: str, **options: int)
     if name in whole:
         return Placement((whole[name],) * subgroups, slots=slots, name=name)
     if name == "twinflow":
-        room = int(machine.device_free / (STATE_BYTES * job.parameters / subgroups))
+        room = int(machine.device_free / (job.resident_bytes * job.parameters / subgroups))
         resident = min(subgroups, options.get("resident", room))
         routes = (Route.RESIDENT,) * resident + (Route.CPU,) * (subgroups - resident)
         return Placement(routes, slots=slots, name=name)
@@ -132,7 +132,7 @@ def search(
     Raises:
         UserError: if the state fits nowhere.
     """
-    split = split and job.param_bytes == 2
+    split = split and job.can_split
     try:
         relaxations = relax(machine, job, subgroups, slots=slots, host_slots=host_slots, split=split)
     except UserError:

@@ -36,7 +36,7 @@ def choose(config: OffloadConfig, machine: Machine, job: Job) -> Placement:
     if config.resident_fraction is not None:
         options["resident"] = round(config.resident_fraction * subgroups)
     placement = named(machine, job, subgroups, _SYSTEMS[config.mode], **options)
-    if config.mode == "streamed" and config.split_master and job.param_bytes == 2:
+    if config.mode == "streamed" and config.split_master and job.can_split:
         placement = replace(placement, split=True)
     if not fits(machine, job, placement):
         raise _too_large(config, machine, job, placement)
@@ -73,7 +73,7 @@ def _too_large(config: OffloadConfig, machine: Machine, job: Job, placement: Pla
     if any(route.on_nvme for route in placement.routes) and machine.nvme_read <= 0:
         return UserError(f"offload.mode={config.mode}: no NVMe path was profiled", fix="set offload.nvme_paths")
     for name, need, free, fix in (
-        ("GPU memory", device, machine.device_free, "lower offload.subgroup_size or slots, or use another mode"),
+        ("GPU memory", device, machine.device_free, _device_fix(config)),
         ("host memory", host, machine.host_free, "raise offload.host_memory, use mode=auto or nvme, or more ranks"),
         ("NVMe space", nvme, machine.nvme_free, "free space or name more paths in offload.nvme_paths"),
     ):
@@ -83,6 +83,12 @@ def _too_large(config: OffloadConfig, machine: Machine, job: Job, placement: Pla
                 fix=fix,
             )
     raise AssertionError("the placement fits")
+
+
+def _device_fix(config: OffloadConfig) -> str:
+    if config.mode == "none":
+        return "set offload.mode=cpu, or use more ranks"
+    return "lower offload.subgroup_size or slots, or use another mode"
 
 
 def _gigabytes(size: float) -> str:

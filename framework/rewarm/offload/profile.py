@@ -13,7 +13,7 @@ import platform
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,8 @@ class Profile:
     """Path -> read and write bandwidth and free bytes."""
     seconds: float
     """Time that measuring took."""
+    eight_bit_rates: dict[str, float] = field(default_factory=dict)
+    """``cpu`` and ``device`` -> parameters/s of the update with 8-bit moments; empty where it cannot run."""
 
     def machine(
         self,
@@ -69,6 +71,7 @@ class Profile:
         device_free: float | None = None,
         device_free_backward: float = 0.0,
         size: int = _SIZES[-1],
+        eight_bit: bool = False,
     ) -> Machine:
         """One rank's share.
 
@@ -79,7 +82,9 @@ class Profile:
             device_free: bytes free beside model and activations in the update; None for what was free.
             device_free_backward: the same in the backward pass.
             size: parameters per subgroup; the rates of the nearest measured size are used.
+            eight_bit: take the rates of the update with 8-bit moments, where they were measured.
         """
+        own = self.eight_bit_rates if eight_bit else {}
         nearest = str(min((int(key) for key in self.cpu_rates), key=lambda key: abs(key - size)))
         paths = self.nvme.values()
         return Machine(
@@ -87,8 +92,8 @@ class Profile:
             d2h=self.d2h,
             duplex=self.duplex,
             dram=self.dram / ranks,
-            cpu_rate=self.cpu_rates[nearest],
-            device_rate=self.device_rates[nearest],
+            cpu_rate=own.get("cpu", self.cpu_rates[nearest]),
+            device_rate=own.get("device", self.device_rates[nearest]),
             device_free=self.device_free if device_free is None else device_free,
             host_free=0.8 * self.host_free / ranks if host_memory is None else host_memory,
             device_free_backward=device_free_backward,
@@ -166,13 +171,16 @@ def measure(
         UserError: if a path cannot be used or memory cannot be locked.
     """
     began = time.perf_counter()
-    slice_ = seconds / (7 + 2 * len(_SIZES) + 2 * len(nvme_paths))
+    slice_ = seconds / (9 + 2 * len(_SIZES) + 2 * len(nvme_paths))
     bench = _Bench(device, threads, slice_)
     h2d, d2h, duplex = bench.link("h2d"), bench.link("d2h"), bench.both()
     cpu_rates = {str(size): bench.update(size) for size in _SIZES}
     under, drawn = bench.update_under_copies(_SIZES[-1])
     dram = max(drawn, bench.in_place(), max(cpu_rates.values()) * 28)
     device_rates = {str(size): bench.update(size, on_device=True) for size in _SIZES}
+    quantized = {}
+    if adamw.runs_on(torch.device("cpu")):
+        quantized = {where: bench.update_8bit(_SIZES[-1], where == "device") for where in ("cpu", "device")}
     fingerprint, description = describe(device, threads, nvme_paths)
     drives = {}
     for path in nvme_paths:
@@ -196,6 +204,7 @@ def measure(
         available_memory(),
         drives,
         time.perf_counter() - began,
+        quantized,
     )
 
 
@@ -219,6 +228,26 @@ class _Bench:
         run = self._updater(size, on_device)
         run()
         return _rate(self.seconds, run, size)
+
+    def update_8bit(self, size: int, on_device: bool) -> float:
+        where = self.device.torch_device if on_device else torch.device("cpu")
+        master, moments = torch.zeros(size, device=where), adamw.Moments8bit.zeros(size, where)
+        grad, out = (torch.zeros(size, dtype=torch.bfloat16, device=where) for _ in range(2))
+        step = adamw.AdamWStep.prepare(step=10, learning_rate=1e-3)
+
+        def run() -> None:
+            began = time.perf_counter()
+            adamw.update_8bit(step, master, moments, grad, out, threads=self.threads)
+            self._end(size, began, on_device)
+
+        run()
+        return _rate(self.seconds, run, size)
+
+    def _end(self, size: int, began: float, on_device: bool) -> None:
+        if on_device:
+            self.device.settle()
+        else:
+            self.device.pace_host(size, began)
 
     def update_under_copies(self, size: int) -> tuple[float, float]:
         """Parameters/s of the CPU's update while both directions copy, and bytes/s of host memory drawn by all."""
@@ -259,10 +288,7 @@ class _Bench:
         def run() -> None:
             began = time.perf_counter()
             adamw.update(step, master, moment1, moment2, grad, out, threads=self.threads)
-            if on_device:
-                self.device.settle()
-            else:
-                self.device.pace_host(size, began)
+            self._end(size, began, on_device)
 
         return run
 

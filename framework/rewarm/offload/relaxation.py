@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rewarm.errors import UserError
-from rewarm.offload.routes import STATE_BYTES, Job, Machine, Route, costs, slot_bytes
+from rewarm.offload.routes import Job, Machine, Route, costs
 
 _ROUTES = tuple(Route)
 
@@ -68,7 +68,7 @@ class _Program:
         self.subgroups, self.size = subgroups, job.parameters / subgroups
         self.piece = job.forward / subgroups
         self.price = {route: costs(route, job, split) for route in _ROUTES}
-        self.slot = slot_bytes(job, split) * self.size
+        self.slot = job.state_bytes(split) * self.size
         self.rows: list[list[float]] = []
         self.limits: list[float] = []
 
@@ -142,7 +142,7 @@ class _Program:
         self._row({r: both[r] * r.moves_state for r in _ROUTES}, machine.duplex, copies, ahead)
         self._row(both, machine.duplex, before, ahead)
         self._row({r: both[r] + grads[r] for r in _ROUTES}, machine.duplex, job.backward)
-        staged = self.host_slots * STATE_BYTES * self.size
+        staged = self.host_slots * job.state_bytes() * self.size
         if self.slots and not self.cpu:
             # Nothing runs beside the first fetch and the last flush, so the directions cannot share the link then.
             edges = in_ + self.slot / machine.d2h
@@ -173,9 +173,10 @@ class _Program:
 
     def _memory_rows(self) -> None:
         machine, price = self.machine, self.price
+        staged = self.host_slots * self.job.state_bytes() * self.size
         for room, taken, use in (
             (machine.device_free, self.slots * self.slot, {r: price[r].device_memory for r in _ROUTES}),
-            (machine.host_free, self.host_slots * STATE_BYTES * self.size, {r: price[r].host_memory for r in _ROUTES}),
+            (machine.host_free, staged, {r: price[r].host_memory for r in _ROUTES}),
             (machine.nvme_free, 0.0, {r: price[r].nvme for r in _ROUTES}),
         ):
             self.rows.append([self.job.parameters * use[r] / 1e9 for r in _ROUTES] + [0.0])
@@ -184,7 +185,7 @@ class _Program:
 
 def no_room(machine: Machine, job: Job) -> UserError:
     """The error for state that fits nowhere, in figures."""
-    need = STATE_BYTES * job.parameters
+    need = job.state_bytes() * job.parameters
     return UserError(
         f"{need / 1e9:.1f} GB of optimizer state per rank fit neither into {machine.device_free / 1e9:.1f} GB of free "
         f"device memory, nor {machine.host_free / 1e9:.1f} GB of host memory, nor {machine.nvme_free / 1e9:.1f} GB of "

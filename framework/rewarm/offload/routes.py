@@ -13,6 +13,10 @@ STATE_BYTES = 12
 """fp32 master and two fp32 moments, per parameter."""
 SPLIT_BYTES = 10
 """What moves when the bf16 half of the master is the model's own parameter: 2 low bytes and two moments."""
+QUANTIZED_BLOCK = 2048
+"""Elements that share a scale where moments have 8 bits."""
+EIGHT_BIT_BYTES = 4 + 2 * (1 + 4 / QUANTIZED_BLOCK)
+"""fp32 master, and two moments of one byte each with an fp32 scale per block."""
 
 
 class Route(Enum):
@@ -105,6 +109,25 @@ class Job:
     """Bytes per parameter of the model, 2 or 4."""
     clip: bool = True
     """Wait for the global gradient norm before the first update."""
+    eight_bit: bool = False
+    """Moments of one byte each, with a scale per block: approximate."""
+
+    @property
+    def can_split(self) -> bool:
+        """True if the master may move as its low half: beside 16-bit parameters, with fp32 moments, of which one has
+        a bit to spare for it."""
+        return self.param_bytes == 2 and not self.eight_bit
+
+    def state_bytes(self, split: bool = False) -> float:
+        """Bytes per parameter of master and moments; with ``split``, as they move where the master can be split."""
+        if self.eight_bit:
+            return EIGHT_BIT_BYTES
+        return SPLIT_BYTES if split and self.can_split else STATE_BYTES
+
+    @property
+    def resident_bytes(self) -> float:
+        """Bytes per parameter of state that stays on the device, where an fp32 parameter is its own master."""
+        return self.state_bytes() - (4 if self.param_bytes == 4 else 0)
 
     @property
     def hidden(self) -> float:
@@ -134,26 +157,26 @@ def costs(route: Route, job: Job, split: bool) -> Costs:
         split: move the master as its low half only (:func:`rewarm.offload.adamw.split`).
 
     Returns:
-        Bytes per parameter. The CPU's update reads the gradient and 12 bytes of state and writes 12 bytes and the
-        16-bit parameter; the copies to and from the device touch host memory once more each.
+        Bytes per parameter. The CPU's update reads the gradient and the state and writes the state and the 16-bit
+        parameter; the copies to and from the device touch host memory once more each.
     """
-    state = SPLIT_BYTES if split and job.param_bytes == 2 else STATE_BYTES
+    state, whole = job.state_bytes(split), job.state_bytes()
     out = job.param_bytes if job.param_bytes == 2 else 0
-    update = job.grad_bytes + 2 * STATE_BYTES + out
+    update = job.grad_bytes + 2 * whole + out
     edges = job.grad_bytes + job.param_bytes
     if route is Route.RESIDENT:
-        return Costs(device_memory=STATE_BYTES)
+        return Costs(device_memory=job.resident_bytes)
     if route is Route.STREAMED:
         return Costs(h2d=state, d2h_state=state, dram=2 * state, host_memory=state)
     if route is Route.CPU:
-        held = STATE_BYTES + edges
+        held = whole + edges
         return Costs(h2d=job.param_bytes, d2h_gradient=job.grad_bytes, dram=update + edges, host_memory=held)
     if route is Route.NVME_CPU:
         return Costs(
             h2d=job.param_bytes,
             d2h_gradient=job.grad_bytes,
-            dram=update + edges + 2 * STATE_BYTES,
-            nvme=STATE_BYTES,
+            dram=update + edges + 2 * whole,
+            nvme=whole,
             host_memory=edges,
         )
     return Costs(h2d=state, d2h_state=state, dram=4 * state, nvme=state)
@@ -210,12 +233,7 @@ def memory(placement: Placement, job: Job) -> tuple[float, float, float]:
         host += cost.host_memory * size
         nvme += cost.nvme * size
     if any(route.moves_state for route in placement.routes):
-        device += min(placement.slots, len(placement.routes)) * slot_bytes(job, placement.split) * size
+        device += min(placement.slots, len(placement.routes)) * job.state_bytes(placement.split) * size
     if any(route.on_nvme for route in placement.routes):
-        host += placement.host_slots * STATE_BYTES * size
+        host += placement.host_slots * job.state_bytes() * size
     return device, host, nvme
-
-
-def slot_bytes(job: Job, split: bool) -> int:
-    """Bytes per parameter of one device slot."""
-    return SPLIT_BYTES if split and job.param_bytes == 2 else STATE_BYTES

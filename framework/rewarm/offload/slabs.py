@@ -57,19 +57,20 @@ class Layout:
     """Elements of every subgroup but the last."""
 
     @classmethod
-    def of(cls, shards: Sequence[Shard], subgroup_size: int) -> Layout:
+    def of(cls, shards: Sequence[Shard], subgroup_size: int, alignment: int = ALIGNMENT) -> Layout:
         """Lay shards end to end in the order given, which should be that of their first use in the forward pass.
 
         Args:
             shards: at least one, none empty.
             subgroup_size: wanted elements per subgroup; rounded up to the alignment.
+            alignment: elements that every shard and every subgroup begins at a multiple of.
         """
         assert shards and all(shard.numel > 0 for shard in shards) and subgroup_size > 0
         offsets, end = [], 0
         for shard in shards:
             offsets.append(end)
-            end += aligned(shard.numel)
-        return cls(tuple(shards), tuple(offsets), end, aligned(subgroup_size))
+            end += aligned(shard.numel, alignment)
+        return cls(tuple(shards), tuple(offsets), end, aligned(subgroup_size, alignment))
 
     @property
     def subgroups(self) -> int:
@@ -125,12 +126,12 @@ class HostPool:
 
         Args:
             pin: lock the memory for the device's copy engine (needs CUDA).
-            limit: bytes that may be taken in all.
+            limit: bytes that may be taken in all, and kept for later.
             node: NUMA node to prefer, that of the device; None leaves it to Linux.
         """
         self.pin, self.limit, self.node, self.taken = pin, limit, node, 0
         self._free: dict[int, list[torch.Tensor]] = {}
-        self._pinned: list[int] = []
+        self._pinned: set[int] = set()
 
     def take(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised flat tensor that begins on a page.
@@ -149,7 +150,19 @@ class HostPool:
         whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage(), 0, (size,))
         self._free.setdefault(size, []).append(whole)
 
+    def trim(self) -> None:
+        """Give what nobody uses back to the machine: after a change, buffers of other sizes are wanted."""
+        for size, buffers in self._free.items():
+            for buffer in buffers:
+                if self.pin:
+                    torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
+                    self._pinned.discard(buffer.data_ptr())
+                self.taken -= size
+        self._free.clear()
+
     def _map(self, size: int) -> torch.Tensor:
+        if self.taken + size > self.limit:
+            self.trim()
         if self.taken + size > self.limit:
             raise UserError(
                 f"host memory for offloaded state is limited to {self.limit / 1e9:.2f} GB, "
@@ -184,7 +197,7 @@ class HostPool:
                 "offload.host_memory",
             )
         assert tensor.is_pinned()
-        self._pinned.append(tensor.data_ptr())
+        self._pinned.add(tensor.data_ptr())
 
     def close(self) -> None:
         """Unlock what was locked; the tensors must not be used for copies any more."""
@@ -196,11 +209,11 @@ class HostPool:
 
 def bind_to_node(pointer: int, size: int, node: int) -> bool:
     """Ask Linux to keep a memory range on one NUMA node (mbind, preferred policy); False where that is refused."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    mask = ctypes.c_ulong(1 << node)
-    preferred = 1
     number = {"x86_64": 237, "aarch64": 235}.get(platform.machine())
     if number is None:
         return False
-    arguments = (ctypes.c_void_p(pointer), ctypes.c_ulong(size), preferred, ctypes.byref(mask), ctypes.c_ulong(64), 0)
-    return libc.syscall(number, *arguments) == 0
+    mask, preferred, bits = ctypes.c_ulong(1 << node), 1, 64
+    # Every argument of a system call is as wide as a register.
+    arguments = (*map(ctypes.c_ulong, (pointer, size, preferred)), ctypes.byref(mask), *map(ctypes.c_ulong, (bits, 0)))
+    found: int = ctypes.CDLL(None, use_errno=True).syscall(ctypes.c_long(number), *arguments)
+    return found == 0

@@ -13,33 +13,69 @@ from rewarm.offload import adamw
 from rewarm.offload.device import Device
 from rewarm.offload.nvme import Store
 from rewarm.offload.pieces import Pieces
-from rewarm.offload.routes import Placement, Route
+from rewarm.offload.routes import QUANTIZED_BLOCK, Placement, Route
 from rewarm.offload.slabs import HostPool, Layout, aligned
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """Arrays of one subgroup, all of its length. Either ``master`` or ``low`` is set."""
+    """Arrays of one subgroup, of its length but for the scales."""
 
     moment1: torch.Tensor
-    """fp32."""
+    """fp32, or uint8 codes."""
     moment2: torch.Tensor
-    """fp32; with ``low``, its sign belongs to the split."""
+    """fp32, or uint8 codes; with ``low``, its sign belongs to the split."""
     master: torch.Tensor | None = None
-    """fp32 parameters."""
+    """fp32 parameters; None with ``low``, and where the model's fp32 parameters are the master."""
     low: torch.Tensor | None = None
     """int16, the low halves of the master, whose high halves are the model's bf16 parameters."""
-
-    @property
-    def first(self) -> torch.Tensor:
-        """Master or low halves."""
-        found = self.master if self.master is not None else self.low
-        assert found is not None
-        return found
+    scales1: torch.Tensor | None = None
+    """fp32, one per block of codes of the first moment."""
+    scales2: torch.Tensor | None = None
+    """fp32, one per block of codes of the second moment."""
 
     def arrays(self) -> tuple[torch.Tensor, ...]:
         """In the order in which they move."""
-        return self.moment1, self.moment2, self.first
+        every = (self.moment1, self.moment2, self.master, self.low, self.scales1, self.scales2)
+        return tuple(array for array in every if array is not None)
+
+    def moments_8bit(self, span: slice) -> adamw.Moments8bit | None:
+        """Elements that begin with a block, as codes and scales; None where the moments are fp32."""
+        if self.scales1 is None or self.scales2 is None:
+            return None
+        assert span.start % QUANTIZED_BLOCK == 0, "a block of 8-bit moments is cut"
+        blocks = slice(span.start // QUANTIZED_BLOCK, -(-span.stop // QUANTIZED_BLOCK))
+        return adamw.Moments8bit(self.moment1[span], self.moment2[span], self.scales1[blocks], self.scales2[blocks])
+
+    def update(
+        self,
+        step: adamw.AdamWStep,
+        span: slice,
+        parameter: torch.Tensor,
+        grad: torch.Tensor,
+        out: torch.Tensor | None,
+        threads: int,
+    ) -> None:
+        """One AdamW update of some elements.
+
+        Args:
+            step: constants of the step.
+            span: the elements.
+            parameter: the model's own; only a state without ``master`` looks at it, and updates it.
+            grad: of the elements.
+            out: 16 bits; receives the rounded master.
+            threads: of the CPU.
+        """
+        if self.low is not None:
+            moments = self.moment1[span], self.moment2[span]
+            adamw.update_split(step, parameter, self.low[span], *moments, grad, threads=threads)
+            return
+        master = parameter if self.master is None else self.master[span]
+        quantized = self.moments_8bit(span)
+        if quantized is not None:
+            adamw.update_8bit(step, master, quantized, grad, out, threads=threads)
+        else:
+            adamw.update(step, master, self.moment1[span], self.moment2[span], grad, out, threads=threads)
 
 
 class States:
@@ -56,6 +92,7 @@ class States:
         pool: HostPool,
         nvme_paths: Sequence[Path] = (),
         nvme_shares: Sequence[float] | None = None,
+        eight_bit: bool = False,
     ) -> None:
         """Allocate; the state is undefined until :meth:`load`.
 
@@ -68,11 +105,15 @@ class States:
             pool: host memory, locked if the device needs that; :meth:`close` gives back what is taken from it.
             nvme_paths: folders for subgroups that rest on NVMe.
             nvme_shares: part of them that each path takes; None for equal parts.
+            eight_bit: keep the moments as one byte each; the layout must be aligned to their blocks.
 
         Raises:
             UserError: if host memory or an NVMe path does not suffice.
         """
         assert not placement.split or parameter_type == torch.bfloat16, "only bf16 parameters are half of a master"
+        assert not (placement.split and eight_bit), "8-bit moments have no bit to spare for a split"
+        assert not eight_bit or not any(first % QUANTIZED_BLOCK for first in (layout.subgroup_size, *layout.offsets))
+        self.eight_bit = eight_bit
         self.layout, self.placement, self.device = layout, placement, device
         self.parameter_type, self.gradient_type = parameter_type, gradient_type
         self.pool = pool
@@ -87,6 +128,7 @@ class States:
         for subgroup in range(layout.subgroups):
             self._allocate(subgroup, placement.routes[subgroup])
         self._allocate_slots()
+        device.settle()  # what the calling thread has queued may still work on memory that it freed
         sizes = [self._bytes(i) if placement.routes[i].on_nvme else 0 for i in range(layout.subgroups)]
         if any(sizes):
             self._blob = {i: number for number, i in enumerate(i for i, size in enumerate(sizes) if size)}
@@ -143,10 +185,16 @@ class States:
             low, moment2 = torch.empty(len(master), dtype=torch.int16), moment2.clone()
             adamw.split(master.contiguous(), master.to(torch.bfloat16), low, moment2)
             state.low.copy_(low)
+        elif state.master is not None:
+            state.master.copy_(master)
+        quantized = state.moments_8bit(slice(0, len(master)))
+        if quantized is not None:
+            found = adamw.Moments8bit.of(moment1.contiguous(), moment2.contiguous())
+            for target, source in zip(quantized.arrays(), found.arrays(), strict=True):
+                target.copy_(source)
         else:
-            state.first.copy_(master)
-        state.moment1.copy_(moment1)
-        state.moment2.copy_(moment2)
+            state.moment1.copy_(moment1)
+            state.moment2.copy_(moment2)
         if self.placement.routes[subgroup].on_nvme:
             self.write(subgroup, 0)
 
@@ -155,12 +203,18 @@ class States:
         if self.placement.routes[subgroup].on_nvme:
             self.read(subgroup, 0)
         state = self._stage(subgroup)
-        moment1, moment2 = (moment.to("cpu", copy=True) for moment in (state.moment1, state.moment2))
+        quantized = state.moments_8bit(slice(0, self._length(subgroup)))
+        if quantized is not None:
+            moment1, moment2 = quantized.values()
+        else:
+            moment1, moment2 = (moment.to("cpu", copy=True) for moment in (state.moment1, state.moment2))
+        if state.master is not None:
+            return state.master.to("cpu", copy=True), moment1, moment2
+        own = parameters.gather(subgroup, torch.zeros(len(moment1), dtype=parameters.dtype))
         if state.low is None:
-            return state.first.to("cpu", copy=True), moment1, moment2
+            return own, moment1, moment2
         master = torch.zeros_like(moment1)
-        high = parameters.gather(subgroup, torch.zeros(len(master), dtype=torch.bfloat16))
-        adamw.join(high, state.low.cpu(), moment2, master)
+        adamw.join(own, state.low.cpu(), moment2, master)
         return master, moment1, moment2
 
     def device_bytes(self) -> int:
@@ -176,7 +230,9 @@ class States:
         """Host array that is copied to the device after a CPU update: the 16-bit copy, or the fp32 master itself."""
         if self.parameter_type != torch.float32:
             return self._parameters[subgroup]
-        return self.working(subgroup, None, host_slot).first
+        master = self.working(subgroup, None, host_slot).master
+        assert master is not None
+        return master
 
     def working(self, subgroup: int, slot: int | None, host_slot: int | None) -> State:
         """The arrays that the update works on."""
@@ -224,8 +280,21 @@ class States:
     def _splits(self, subgroup: int) -> bool:
         return self.placement.split and self.placement.routes[subgroup].moves_state
 
+    def _parts(self, subgroup: int) -> list[tuple[str, torch.dtype, int]]:
+        """Name in :class:`State`, type and elements of a subgroup's arrays."""
+        length, kind = self._length(subgroup), torch.uint8 if self.eight_bit else torch.float32
+        parts = [("moment1", kind, length), ("moment2", kind, length)]
+        if self._splits(subgroup):
+            parts.insert(0, ("low", torch.int16, length))
+        elif self.placement.routes[subgroup] is not Route.RESIDENT or self.parameter_type != torch.float32:
+            parts.insert(0, ("master", torch.float32, length))
+        if self.eight_bit:
+            blocks = -(-length // QUANTIZED_BLOCK)
+            parts += [("scales1", torch.float32, blocks), ("scales2", torch.float32, blocks)]
+        return parts
+
     def _bytes(self, subgroup: int) -> int:
-        return self._length(subgroup) * (10 if self._splits(subgroup) else 12)
+        return sum(dtype.itemsize * count for _, dtype, count in self._parts(subgroup))
 
     def _allocate(self, subgroup: int, route: Route) -> None:
         size = self._bytes(subgroup)
@@ -250,13 +319,12 @@ class States:
             self._host_slots[slot] = self._take(aligned(max(stored), mmap.PAGESIZE), torch.uint8)
 
     def _view(self, memory: torch.Tensor, subgroup: int) -> State:
-        """Three arrays end to end in a buffer; lengths are multiples of 64 elements, so each begins aligned."""
-        length = self._length(subgroup)
-        moment1, moment2 = (memory[4 * length * i : 4 * length * (i + 1)].view(torch.float32) for i in range(2))
-        rest = memory[8 * length : self._bytes(subgroup)]
-        if self._splits(subgroup):
-            return State(moment1, moment2, low=rest.view(torch.int16))
-        return State(moment1, moment2, master=rest.view(torch.float32))
+        """The arrays end to end in a buffer; lengths are multiples of 64 elements, so all but scales begin aligned."""
+        arrays, first = {}, 0
+        for name, dtype, count in self._parts(subgroup):
+            arrays[name] = memory[first : first + dtype.itemsize * count].view(dtype)
+            first += dtype.itemsize * count
+        return State(**arrays)
 
     def _resting(self, subgroup: int, host_slot: int | None) -> State:
         """The host arrays of a subgroup: its own, or those of the slot it was read into."""

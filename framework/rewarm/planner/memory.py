@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from rewarm.config.offload import OffloadConfig
 from rewarm.config.run import RunConfig
 from rewarm.errors import UserError
 from rewarm.model.architecture import Architecture
 from rewarm.model.layout import Layout
+from rewarm.offload.routes import Job
 from rewarm.planner.cluster import Cluster
 
 GIB = 2**30
@@ -82,7 +82,7 @@ def _stage_memory(config: RunConfig, a: Architecture, layout: Layout, stage: int
     parameters = stage_parameters(config, a, layout, stage)
     # fp32 parameters are their own main parameters. The distributed optimizer shares its state over the model copies.
     share = -(-parameters // layout.data)
-    state = state_on_device(config.offload, share, (8 if size == 4 else 12) * share)
+    state = state_on_device(config, share, size)
     tokens = config.batch.micro_batch_size * config.batch.sequence_length
     output = tokens * _output_bytes(config, a, layout) if stage == layout.pipeline - 1 else 0
     if config.activation_recomputation == "full":
@@ -97,20 +97,22 @@ def _stage_memory(config: RunConfig, a: Architecture, layout: Layout, stage: int
     )
 
 
-def state_on_device(offload: OffloadConfig, share: int, plain: int) -> int:
-    """Least bytes of optimizer state on the device of a rank.
+def state_on_device(config: RunConfig, share: int, param_bytes: int) -> int:
+    """Least bytes of optimizer state on the device of a rank, beside what holds its parameters.
 
     Args:
-        offload: the run's section.
+        config: the resolved configuration.
         share: parameters that the rank updates.
-        plain: bytes of their state without offload.
+        param_bytes: of each where it is updated; one of 4 is its own fp32 main parameter.
     """
+    offload = config.offload
+    job = Job(share, 0.0, 0.0, param_bytes=param_bytes, eight_bit=config.optimizer.eight_bit)
     if offload.mode == "none":
-        return plain
+        return round(job.resident_bytes * share)
     if offload.mode == "twinflow":
-        return round((offload.resident_fraction or 0) * 12 * share)
+        return round((offload.resident_fraction or 0) * job.resident_bytes * share)
     buffers = offload.slots if offload.mode in ("streamed", "deep_optimizer_states") else 0
-    return 12 * min(buffers * offload.subgroup_size, share)
+    return round(job.state_bytes() * min(buffers * offload.subgroup_size, share))
 
 
 def stage_parameters(config: RunConfig, a: Architecture, layout: Layout, stage: int) -> int:
@@ -181,5 +183,9 @@ def _remedy(config: RunConfig, memory: RankMemory) -> str:
     if memory.output > memory.total // 2:
         return "a smaller batch.micro_batch_size, or more parallel.tensor, which splits the vocabulary"
     if memory.optimizer > memory.parameters + memory.gradients:
-        return "offload.mode=cpu, more nodes, which share the optimizer's state, or more parallel.tensor or pipeline"
+        smaller = "" if config.optimizer.eight_bit else "optimizer.name=adamw_8bit (approximate), "
+        return (
+            f"offload.mode=cpu, {smaller}more nodes, which share the optimizer's state, or more parallel.tensor or "
+            "pipeline"
+        )
     return "more parallel.tensor or parallel.pipeline, which split the model"

@@ -36,9 +36,7 @@ def state_bytes(config: RunConfig, num_parameters: int, layout: Layout) -> dict[
     stage, own = settings.zero_stage, -(-num_parameters // layout.tensor)
     share = -(-own // layout.data)
     # Stages 1 to 3 keep fp32 main parameters of their own even of fp32 parameters.
-    optimizer = (12 * share) if stage else 8 * own
-    if config.offload.mode != "none":
-        optimizer = (4 * share if stage else 0) + state_on_device(config.offload, share if stage else own, 0)
+    optimizer = (4 * share if stage else 0) + state_on_device(config, share if stage else own, 4)
     return {
         "parameters": 0 if settings.offload_parameters != "none" else size * (share if stage == 3 else own),
         "gradients": size * (share if stage >= 2 else own),

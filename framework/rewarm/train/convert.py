@@ -19,7 +19,7 @@ from rewarm.engine.environment import find_ranks
 from rewarm.errors import UserError
 from rewarm.model.description import for_other_engine
 from rewarm.replay.lineage import Lineage
-from rewarm.train.open import OpenModel, open_model
+from rewarm.train.open import OpenModel, open_model, with_fp32_state
 from rewarm.train.parent import TOKENIZER
 from rewarm.train.state import MODEL, RANDOM
 
@@ -56,7 +56,8 @@ def convert_run(run: Path, engine: str, output: Path) -> Path:
         source.save_portable(Path(scratch))
         source.close()
         # With a parent no weights are drawn, which would be replaced at once.
-        target = build_engine(config.model_copy(update={"parent": str(model.folder), "model": None}), description, [])
+        plain = with_fp32_state(config).model_copy(update={"parent": str(model.folder), "model": None})
+        target = build_engine(plain, description, [])
         try:
             target.load_portable(Path(scratch))
             state = {**read_state(model.checkpoint), "architecture": description.to_dict(), "engine": engine}

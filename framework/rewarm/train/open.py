@@ -43,9 +43,17 @@ class OpenModel:
         """The model on the ranks of this job, with its optimizer's state if that is asked for. Collective."""
         from rewarm.engine.build import build_engine
 
-        engine = build_engine(self.config, self.architecture, list(self.config.data))
+        engine = build_engine(with_fp32_state(self.config), self.architecture, list(self.config.data))
         engine.load(self.checkpoint / MODEL, optimizer=optimizer)
         return engine
+
+
+def with_fp32_state(config: RunConfig) -> RunConfig:
+    """The same run with the optimizer's state as checkpoints hold it, which is so read and written without loss."""
+    if not config.optimizer.eight_bit:
+        return config
+    plain = config.optimizer.model_copy(update={"name": "adamw"})
+    return config.model_copy(update={"optimizer": plain})
 
 
 def open_model(path: str | Path, overrides: Iterable[str] = ()) -> OpenModel:

@@ -72,3 +72,5 @@ def restore(run: Run, checkpoint: Path, state: dict[str, Any]) -> None:
     if state["layout"] == _layout(run):
         saved = checkpoint / RANDOM / f"rank-{run.engine.rank:05d}.pickle"
         run.engine.set_rng_state(pickle.loads(saved.read_bytes()))
+    elif run.config.optimizer.eight_bit:
+        run.tracker.message("on another layout 8-bit moments lie in other blocks, and are rounded once more")

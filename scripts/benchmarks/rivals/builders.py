@@ -7,6 +7,8 @@ builds, in place of this project's optimizer.
 
 from __future__ import annotations
 
+import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -78,14 +80,15 @@ class Ours:
         return MegatronEngine(config, Architecture.from_config(config.model, config.model.vocab_size), ["noise"])
 
     def _listen(self, inner: Any) -> None:
-        step = inner.step
+        finish = inner.finish
 
-        def heard(*arguments: Any, **more: Any) -> Timeline:
-            found: Timeline = step(*arguments, **more)
-            self.timelines.append(found)
+        def heard() -> Timeline | None:
+            found: Timeline | None = finish()
+            if found is not None:
+                self.timelines.append(found)
             return found
 
-        inner.step = heard
+        inner.finish = heard
 
     def rehearse(self, tokens: Any) -> None:
         """See :class:`~rivals.contestant.Trainer`."""
@@ -94,6 +97,10 @@ class Ours:
     def step(self, tokens: Any) -> float:
         """See :class:`~rivals.contestant.Trainer`."""
         return float(self.engine.train_step(self._batch(tokens), LEARNING_RATE).loss)
+
+    def finish(self) -> None:
+        """See :class:`~rivals.contestant.Trainer`."""
+        self.engine._optimizer.finish()
 
     @staticmethod
     def _batch(tokens: Any) -> Batch:
@@ -117,8 +124,8 @@ class Hybrid(Ours):
         class Update(HybridUpdate):
             """With the fraction that was ordered."""
 
-            def __init__(self, settings: Any, chunks: Any, bf16: bool, offload: Any) -> None:
-                super().__init__(chunks, bf16, fraction)
+            def __init__(self, settings: Any, chunks: Any, decoder: Any, offload: Any) -> None:
+                super().__init__(chunks, decoder.bf16, fraction)
 
         engine.Optimizer = Update  # type: ignore[assignment, misc]
         return super()._engine(config)
@@ -156,7 +163,14 @@ class HybridUpdate:
         updated, norm, _ = self.inner.step()
         return float(norm), bool(updated)
 
-    def rehearsed(self, seconds: float) -> None:
+    def passes(self, number: int, learning_rate: float | None) -> AbstractContextManager[None]:
+        """Nothing of it runs beside the forward and backward passes."""
+        return nullcontext()
+
+    def finish(self) -> None:
+        """An update has ended when :meth:`step` returns."""
+
+    def rehearsed(self, *seconds: float) -> None:
         """Nothing is placed by what a rehearsal shows."""
 
 
@@ -202,6 +216,7 @@ class DeepSpeed:
         if not is_built("cpu_adam", settings):
             raise RivalMissing("cpu_adam is not compiled here: python scripts/deepspeed_extensions.py cpu_adam")
         prepare_extensions(settings)
+        os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "8"  # CUDA's default, where Megatron-Core wants one
         ranks.join(10)
         deepspeed = compat.load_deepspeed()
         compat.adopt_process_group(deepspeed)
@@ -265,3 +280,6 @@ class DeepSpeed:
             self.engine.step()
             losses.append(loss.detach())
         return float(torch.stack(losses).mean())
+
+    def finish(self) -> None:
+        """See :class:`~rivals.contestant.Trainer`."""

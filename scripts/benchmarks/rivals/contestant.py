@@ -56,7 +56,10 @@ class Trainer(Protocol):
         """What a run does before its first step, if anything."""
 
     def step(self, tokens: Any) -> float:
-        """Train on windows [micro-batches, S + 1]; the mean loss before the update."""
+        """Train on windows [micro-batches, S + 1]; the mean loss before the update, which may run on."""
+
+    def finish(self) -> None:
+        """Wait until the update of the last step has ended."""
 
 
 def serve(order: Order) -> None:
@@ -92,16 +95,19 @@ class Session:
         self.number, self.last = 0, None
 
     def steps(self, count: int) -> dict[str, Any]:
-        """Some steps: seconds and loss of each, and the most memory so far."""
-        seconds, losses = [], []
-        for _ in range(count):
-            tokens = windows(self.order, self.number)
-            synchronize()
-            began = time.perf_counter()
-            losses.append(self.trainer.step(tokens))
-            synchronize()
-            seconds.append(time.perf_counter() - began)
-            self.number += 1
+        """Some steps: their mean seconds, the loss of each, and the most memory so far.
+
+        An update may run beside the step after it, so only a whole turn has a length: none is running at its start, and
+        the last has ended at its end.
+        """
+        tokens = [windows(self.order, self.number + i) for i in range(count)]
+        synchronize()
+        began = time.perf_counter()
+        losses = [self.trainer.step(each) for each in tokens]
+        self.trainer.finish()
+        synchronize()
+        seconds = (time.perf_counter() - began) / count
+        self.number += count
         return {"seconds": seconds, "losses": losses, **memory(self.before), **self._update()}
 
     def trace(self, path: str) -> dict[str, Any]:
@@ -127,10 +133,36 @@ class Session:
         if not timelines:
             return {}
         placement = self.trainer.offload.inner.placement  # type: ignore[attr-defined]
-        times = [timeline.seconds for timeline in timelines]
+        times = [after_release(timeline) for timeline in timelines]
         self.last = timelines[-1]
         timelines.clear()
         return {"update": times, "placement": placement.describe(), "traffic": traffic(placement)}
+
+
+def after_release(timeline: Any) -> dict[str, float]:
+    """Seconds from the release of an update to its end, and the shares of its work that fell into them.
+
+    Gradients are copied, and some state is fetched, while the backward pass still runs.
+
+    Returns:
+        ``seconds``, and the share of the time of copies each way and of all tasks, ``h2d``, ``d2h`` and ``dram``.
+    """
+    from rewarm.offload.plan import update_seconds
+    from rivals.overlap import WAYS
+
+    released = timeline.end_of("barrier")
+    spans = list(zip(timeline.tasks, timeline.start, timeline.end, strict=True))
+    found = {"seconds": update_seconds(timeline)}
+    for way in ("h2d", "d2h", "dram"):
+        mine = [
+            (start, end)
+            for task, start, end in spans
+            if task.lane != "compute" and way in ("dram", WAYS.get(task.kind))
+        ]
+        whole = sum(end - start for start, end in mine)
+        late = sum(max(0.0, end - max(start, released)) for start, end in mine)
+        found[way] = late / whole if whole else 0.0
+    return found
 
 
 def build(order: Order) -> Trainer:

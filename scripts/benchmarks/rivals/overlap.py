@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 Spans = Sequence[tuple[float, float]]
+WAYS = {"fetch": "h2d", "upload": "h2d", "gradient": "d2h", "flush": "d2h"}
+"""Copies over the link, by the kind of the task."""
 
 
 def merged(spans: Spans) -> list[tuple[float, float]]:
@@ -66,9 +68,8 @@ def of_profiler(path: Path) -> dict[str, float]:
 
 def of_timeline(timeline: Any) -> dict[str, float]:
     """From the executor's own times of its copies; seconds."""
-    ways = {"fetch": "h2d", "upload": "h2d", "gradient": "d2h", "flush": "d2h"}
     spans: dict[str, list[tuple[float, float]]] = {"h2d": [], "d2h": []}
     for task, start, end in zip(timeline.tasks, timeline.start, timeline.end, strict=True):
-        if task.kind in ways:
-            spans[ways[task.kind]].append((start, end))
+        if task.kind in WAYS:
+            spans[WAYS[task.kind]].append((start, end))
     return shares(spans["h2d"], spans["d2h"])

@@ -47,7 +47,7 @@ class Result:
     def median(self, name: str, micro_batches: int) -> float | None:
         """Seconds of a step."""
         record = self.at(micro_batches).get(name)
-        return None if record is None or record.failed else statistics.median(flat(record))
+        return None if record is None or record.failed else statistics.median(record.seconds)
 
     def strangers(self) -> list[str]:
         """Contestants whose losses are not those of the others, step by step from the first."""
@@ -79,11 +79,6 @@ class Result:
         return "auto" if "auto" in ran else min(ran, key=lambda name: ran[name], default=None)
 
 
-def flat(record: Record) -> list[float]:
-    """All timed steps."""
-    return [value for turn in record.seconds for value in turn]
-
-
 def goals(result: Result) -> list[tuple[str, str, str]]:
     """What was wanted, what was found, and ``met``, ``not met`` or ``not measured``."""
     mode = result.judged()
@@ -109,8 +104,11 @@ def use_of_machine(result: Result, name: str, count: int) -> tuple[str, str, str
     record = result.at(count).get(name)
     if result.machine is None or record is None or record.failed or not record.update:
         return wanted, "", "not measured"
-    seconds = statistics.median(record.update)
-    bytes_each = {way: per * record.facts["parameters"] for way, per in record.facts["traffic"].items()}
+    seconds = statistics.median(update["seconds"] for update in record.update)
+    bytes_each = {
+        way: per * record.facts["parameters"] * statistics.median(update[way] for update in record.update)
+        for way, per in record.facts["traffic"].items()
+    }
     share = {way: moved / seconds / result.machine[way] for way, moved in bytes_each.items()}
     found = ", ".join(f"{way} {part:.0%}" for way, part in share.items()) + f" of {seconds:.3f} s"
     met = min(share["h2d"], share["d2h"]) >= 0.8 or share["dram"] >= 0.85
@@ -159,8 +157,9 @@ def how(options: argparse.Namespace) -> str:
     """How the turns were taken."""
     alive = "all alive, idle between turns" if options.keep else "one alive at a time, built anew for each turn"
     return (
-        f"{options.rounds} interleaved rounds of {options.warm} steps to warm up and {options.steps} timed ones; "
-        f"{alive}. Whole steps: forward, backward, clipping, update. none has the whole GPU."
+        f"{options.rounds} interleaved rounds of {options.warm} steps to warm up and {options.steps} timed ones, of "
+        f"which the mean is taken, the end of the last update included; {alive}. Whole steps: forward, backward, "
+        "clipping, update. none has the whole GPU."
     )
 
 
@@ -174,7 +173,7 @@ def table(result: Result, count: int) -> list[str]:
         if seconds is None:
             lines.append(f"| {name} |" + " |" * (len(header) - 2) + f" failed: {record.failed} |")
             continue
-        each = flat(record)
+        each = record.seconds
         theirs = [result.median(rival, count) for rival in RIVALS]
         ratios = ["" if other is None else f"{other / seconds:.2f}" for other in theirs]
         facts = record.facts

@@ -20,12 +20,12 @@ class Record:
 
     name: str
     micro_batches: int
-    seconds: list[list[float]] = field(default_factory=list)
-    """Of the timed steps of each round."""
+    seconds: list[float] = field(default_factory=list)
+    """Of a step, for each round: the mean of its turn."""
     losses: list[float] = field(default_factory=list)
     """Of the first round's steps, from the first one on."""
-    update: list[float] = field(default_factory=list)
-    """Seconds of the optimizer's part, where the contestant is this project's."""
+    update: list[dict[str, float]] = field(default_factory=list)
+    """:func:`rivals.contestant.after_release` of each timed step, where the contestant is this project's."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Parameters, memory, placement."""
     failed: str | None = None
@@ -209,5 +209,5 @@ class Turns:
             record.facts[name] = max(answer[name], record.facts.get(name, 0.0))
 
     def _say(self, record: Record, number: int) -> None:
-        what = record.failed or ", ".join(f"{value:.3f}" for value in record.seconds[-1]) + " s"
+        what = record.failed or f"{record.seconds[-1]:.3f} s"
         print(f"round {number + 1}: {record.name}, {record.micro_batches} micro-batches: {what}", flush=True)

@@ -69,6 +69,12 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
         ["mixture.phased.phases[0].weights", "'code'"],
     ),
     ({"replay": {"fraction": 0.1}}, {}, ["replay.fraction=0.1", "parent"]),
+    (
+        {"engine": "deepspeed", "optimizer": {"name": "adamw_8bit"}, "deepspeed": {"offload_optimizer": "cpu"}},
+        {"engine": "deepspeed", "optimizer": {"name": "adamw_8bit"}, "offload": {"mode": "cpu"}},
+        ["optimizer.name=adamw_8bit", "deepspeed.offload_optimizer=cpu", "offload.mode"],
+    ),
+    ({"optimizer": {"name": "adam_8bit"}}, {"optimizer": {"name": "adamw_8bit"}}, ["optimizer.name", "'adamw_8bit'"]),
     # Shape.
     (
         {"model": {"num_attention_heads": 4, "num_key_value_heads": 3}},

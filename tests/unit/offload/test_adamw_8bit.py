@@ -7,14 +7,18 @@ import ctypes
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rewarm import native
 from rewarm.offload import adamw
-from rewarm.offload.adamw import QUANTIZED_BLOCK, AdamWStep, Moments8bit
+from rewarm.offload.adamw import AdamWStep, Moments8bit
+from rewarm.offload.routes import QUANTIZED_BLOCK
 
 
 def codebook(bits: int) -> np.ndarray:
-    """Values of the codes 1 to 2^bits - 1: k leading zeros are a decade, the rest the middle of a cell in it."""
+    """Values of the codes 1 to 2^bits - 1: k leading zeros are a decade, the rest the middle of a cell in it; over the
+    largest of them."""
     values = []
     for code in range(1, 2**bits):
         text = f"{code:0{bits}b}"
@@ -22,7 +26,7 @@ def codebook(bits: int) -> np.ndarray:
         fraction = text[zeros + 1 :]
         cell = int(fraction, 2) if fraction else 0
         values.append(10.0**-zeros * (0.1 + 0.9 * (cell + 0.5) / 2 ** len(fraction)))
-    return np.array(values)
+    return np.array(values) / max(values)
 
 
 def constants(number: int, **changes: float) -> AdamWStep:
@@ -58,10 +62,12 @@ def test_each_moment_becomes_the_middle_of_its_cell() -> None:
         block = slice(start, start + QUANTIZED_BLOCK)
         for exact, found, bits in ((exact1[block], first[block], 7), (exact2[block], second[block], 8)):
             values = codebook(bits)
-            scale = np.abs(exact).max() / values.max()
+            scale = np.abs(exact).max()
             zero = [] if bits == 8 else [0.0]
             choices = np.concatenate([values, zero]) * scale
             error = np.abs(found - exact)
+            top = 0.1 + 0.9 * (2 ** (bits - 1) - 0.5) / 2 ** (bits - 1)  # the middle of the last cell
+            scale /= top
             decade = np.clip(np.floor(-np.log10(np.abs(exact) / scale)), 0, bits - 1)
             half_cell = 0.45 * 10.0**-decade / 2 ** (bits - 1 - decade)
             # Below the last decade a first moment becomes zero and a second one the least code.
@@ -69,6 +75,22 @@ def test_each_moment_becomes_the_middle_of_its_cell() -> None:
             assert np.all(error[~below] <= half_cell[~below] * scale * (1 + 1e-5))
             np.testing.assert_allclose(np.abs(found[below]), choices.min(), rtol=1e-6)
             assert np.all(error <= 0.45 / 2 ** (bits - 1) * scale * (1 + 1e-5))
+
+
+@given(seed=st.integers(0, 2**32), numel=st.integers(1, 3 * QUANTIZED_BLOCK), spread=st.floats(0, 36))
+@settings(max_examples=60, deadline=None)
+def test_what_was_quantised_once_is_quantised_without_loss(seed: int, numel: int, spread: float) -> None:
+    """So a checkpoint in fp32 holds 8-bit moments exactly, down to scales whose least values are subnormal."""
+    generator = torch.Generator().manual_seed(seed)
+    first, second = (torch.randn(numel, generator=generator) * 10 ** (-spread * torch.rand(1, generator=generator))
+                     for _ in range(2))  # fmt: skip
+    once = Moments8bit.of(first, second.square())
+    again = Moments8bit.of(*once.values())
+    for ours, theirs in zip(once.arrays(), again.arrays(), strict=True):
+        assert torch.equal(ours, theirs)
+    for block, scale in enumerate(once.scales1.tolist()):
+        inside = slice(block * QUANTIZED_BLOCK, (block + 1) * QUANTIZED_BLOCK)
+        assert float(once.values()[0][inside].abs().max()) == scale == float(first[inside].abs().max())
 
 
 def test_a_second_moment_never_becomes_zero_beside_a_large_one() -> None:

@@ -67,8 +67,9 @@ def random_case(generator: np.random.Generator) -> tuple[Machine, Job]:
 def test_on_random_machines_no_known_system_is_faster_and_the_bound_is_near() -> None:
     generator = np.random.default_rng(7)
     gaps = []
-    for _ in range(MACHINES):
+    for number in range(MACHINES):
         machine, job = random_case(generator)
+        job = replace(job, eight_bit=number % 4 == 3)
         best, bound = search(machine, job, SUBGROUPS)
         assert fits(machine, job, best.placement)
         check(predict(machine, job, best.placement), SUBGROUPS)
@@ -84,9 +85,9 @@ def test_the_bound_holds_for_random_placements() -> None:
     tried = 0
     for _ in range(200):
         machine, job = random_case(generator)
-        job = replace(job, clip=bool(generator.random() < 0.5))
+        job = replace(job, clip=bool(generator.random() < 0.5), eight_bit=bool(generator.random() < 0.5))
         routes = tuple(generator.choice(np.array(list(Route), dtype=object), 24, p=generator.dirichlet(np.ones(5))))
-        placement = Placement(routes, split=job.param_bytes == 2)
+        placement = Placement(routes, split=job.can_split)
         if fits(machine, job, placement):
             tried += 1
             bound = relax(machine, job, 24, slots=3, host_slots=4, split=True)[0].seconds

@@ -111,6 +111,7 @@ def test_a_profile_is_measured_saved_and_read(disk: Path, monkeypatch: pytest.Mo
     machine = measured.machine(ranks=2, size=1 << 18)
     assert machine.nvme_read == 1.5e9 and machine.cpu_rate == measured.cpu_rates[str(1 << 18)]
     assert machine.dram == measured.dram / 2
+    assert measured.machine(eight_bit=True).cpu_rate == measured.eight_bit_rates["cpu"] > 0
     path = tmp_path / "profile.json"
     measured.save(path)
     assert load(path, measured.fingerprint) == measured

@@ -30,7 +30,7 @@ def result(seconds: dict[str, tuple[float, float]], losses: dict[str, list[float
     records = []
     for name, both in seconds.items():
         for count, median in zip((1, 16), both, strict=True):
-            record = Record(name, count, [[median * 0.9, median], [median, median * 1.3]])
+            record = Record(name, count, [median * 0.9, median, median * 1.3])
             record.losses = (losses or {}).get(name, [6.0, 5.0])
             records.append(record)
     return Result(
@@ -74,11 +74,26 @@ def test_the_use_of_the_link_counts_bytes_and_the_seconds_of_the_update() -> Non
     found = result({"streamed": (1.0, 4.0)})
     record = found.records[0]
     # 7 and 8 bytes of 5 billion parameters in 0.8 s: 43.75 and 50 of 50 GB/s.
-    record.facts, record.update = {"parameters": 5e9, "traffic": moved}, [0.8, 0.8, 2.0]
+    record.facts = {"parameters": 5e9, "traffic": moved}
+    record.update = [{"seconds": value, "h2d": 1.0, "d2h": 1.0, "dram": 1.0} for value in (0.8, 0.8, 2.0)]
     _, text, verdict = use_of_machine(found, "streamed", 1)
     assert verdict == "met" and "h2d 88%" in text and "d2h 100%" in text
-    record.update = [1.0]
+    record.update = [record.update[0] | {"h2d": 0.5}]  # the other half was copied before the update's release
+    assert "h2d 44%" in use_of_machine(found, "streamed", 1)[1]
+    record.update = [record.update[0] | {"h2d": 1.0, "seconds": 1.0}]
     assert use_of_machine(found, "streamed", 1)[2] == "not met"
+
+
+def test_only_what_ran_after_the_release_counts() -> None:
+    from rivals.contestant import after_release
+
+    from rewarm.offload.simulate import Task, Timeline
+
+    tasks = {"gradient": "d2h", "barrier": "compute", "fetch": "h2d", "update": "device", "flush": "d2h"}
+    found = after_release(
+        Timeline(tuple(Task(kind, lane, 0.0) for kind, lane in tasks.items()), (0, 1, 0.5, 1.5, 2), (1, 1, 1.5, 2, 4))
+    )
+    assert found == pytest.approx({"seconds": 3, "h2d": 0.5, "d2h": 2 / 3, "dram": 3 / 4.5})
 
 
 def test_other_losses_are_found_out() -> None:
@@ -123,7 +138,7 @@ def test_it_runs_from_end_to_end(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr + done.stdout
     report = json.loads((tmp_path / "report.json").read_text())
     none, streamed, hybrid = report["contestants"]
-    assert len(none["seconds"][0]) == 2 and none["losses"] == streamed["losses"] and len(none["losses"]) == 4
+    assert len(none["seconds"]) == 1 and none["losses"] == streamed["losses"] and len(none["losses"]) == 4
     assert none["losses"][-1] < none["losses"][0] - 0.5, "it does not learn"
     assert none["facts"]["parameters"] == 533120
     assert streamed["facts"]["placement"].startswith("100% streamed") and len(streamed["update"]) == 2

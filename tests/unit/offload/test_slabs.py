@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import platform
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,8 +71,48 @@ def test_the_limit_is_told_in_figures() -> None:
         pool.take(2_000_000, torch.float32)
 
 
-def test_memory_can_be_asked_to_stay_on_a_node() -> None:
-    pool = HostPool(pin=False, node=0)
-    pool.take(1 << 20, torch.uint8).fill_(7)
-    buffer = pool.take(1 << 20, torch.uint8)
-    assert bind_to_node(buffer.data_ptr(), 1 << 20, 0) in (True, False)  # a container may forbid it
+def resident() -> int:
+    """Bytes of anonymous memory that this process holds."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+
+
+def test_what_nobody_uses_makes_room_for_other_sizes() -> None:
+    size = 96 << 20
+    pool = HostPool(pin=False, limit=size + (8 << 20))
+    first, kept = pool.take(size, torch.uint8).fill_(1), pool.take(4096, torch.uint8).fill_(2)
+    held = resident()
+    pool.give(first)
+    del first
+    assert pool.taken == size + 4096  # kept for the next one of its size
+    half = pool.take(size // 2, torch.uint8).fill_(3)  # for which there is no room beside it
+    assert pool.taken == size // 2 + 4096
+    assert resident() < held - size // 4
+    assert bool((kept == 2).all()) and bool((half == 3).all())
+
+
+def policy_of(pointer: int) -> tuple[int, int]:
+    """NUMA policy and nodes of a page, from the kernel."""
+    mode, mask, of_address, bits = ctypes.c_int(-1), ctypes.c_ulong(0), 2, 64
+    number = {"x86_64": 239, "aarch64": 236}[platform.machine()]
+    wide = (ctypes.c_ulong(bits), ctypes.c_ulong(pointer), ctypes.c_ulong(of_address))
+    answer = ctypes.CDLL(None).syscall(ctypes.c_long(number), ctypes.byref(mode), ctypes.byref(mask), *wide)
+    if answer != 0:
+        pytest.skip("this kernel does not tell")
+    return mode.value, mask.value
+
+
+def test_memory_is_bound_to_the_node_before_it_is_touched() -> None:
+    free = HostPool(pin=False).take(1 << 20, torch.uint8)
+    bound = HostPool(pin=False, node=0).take(1 << 20, torch.uint8)
+    if not bind_to_node(free.data_ptr(), 4096, 0):
+        pytest.skip("a container may forbid it")
+    default, preferred = 0, 1
+    assert policy_of(free.data_ptr() + 4096)[0] == default
+    assert policy_of(bound.data_ptr()) == (preferred, 1) == policy_of(bound.data_ptr() + (1 << 20) - 4096)
+    assert bound.fill_(7).sum() == 7 << 20
+
+
+def test_an_absent_node_is_refused() -> None:
+    buffer = HostPool(pin=False).take(1 << 20, torch.uint8)
+    assert not bind_to_node(buffer.data_ptr(), 1 << 20, 50)

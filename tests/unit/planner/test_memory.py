@@ -136,6 +136,23 @@ def test_offloaded_state_leaves_the_device(section: dict[str, Any], expected: in
     assert memory.optimizer == expected
 
 
+@pytest.mark.parametrize(
+    ("precision", "offload", "kept"),
+    [
+        ("bfloat16", {}, 4 + 2 + 8 / 2048),
+        ("float32", {}, 2 + 8 / 2048),  # an fp32 parameter is its own main parameter
+        ("bfloat16", {"mode": "twinflow", "resident_fraction": 0.5}, 3 + 4 / 2048),
+    ],
+)
+def test_8_bit_moments_take_two_bytes_and_their_scales(precision: str, offload: dict[str, Any], kept: float) -> None:
+    config, architecture = settings(precision=precision, offload=offload, optimizer={"name": "adamw_8bit"})
+    (memory,) = plan_memory(config, architecture, check_layout(config, architecture, 1))
+    assert memory.optimizer == round(kept * 8_030_261_248)
+    zero, _ = settings(engine="deepspeed", optimizer={"name": "adamw_8bit"})
+    layout = check_layout(zero, from_scratch(architecture, "deepspeed", "bfloat16"), 1)
+    assert state_bytes(zero, 1 << 20, layout)["optimizer"] == (4 + 2 + 8 / 2048) * (1 << 20)
+
+
 @pytest.mark.parametrize(("stage", "kept"), [(0, 0), (1, 4), (3, 4)])
 def test_deepspeed_keeps_its_fp32_parameters_on_the_device(stage: int, kept: int) -> None:
     """What plain ZeRO keeps is 12 bytes per parameter, 8 at stage 0."""

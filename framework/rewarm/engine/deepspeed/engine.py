@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from rewarm.config.offload import places_state
 from rewarm.config.run import RunConfig
 from rewarm.engine import device, layout, ranks
 from rewarm.engine.base import Batch, Engine, GradientStatistics, StepResult
@@ -93,12 +94,12 @@ class DeepSpeedEngine(Collectives, Engine):
         self._partitions = open_partitions(
             self.deepspeed,
             stage,
-            has_moments=config.optimizer.name == "adamw",
+            has_moments=config.optimizer.name != "sgd",
             num_shares=self._num_shares,
             share=self.rank // self.layout.tensor,
         )
-        if config.offload.mode != "none":
-            self._partitions.offload(config.offload)
+        if places_state(config):
+            self._partitions.offload(config.offload, eight_bit=config.optimizer.eight_bit)
         self._shards = Shards(self.deepspeed.module, self._tensor_rank, self.layout.tensor)
         if config.parent is None:
             self._fill(self._random_weights())

@@ -10,6 +10,7 @@ import json
 from typing import Any
 
 from rewarm.config.deepspeed import DeepSpeedConfig
+from rewarm.config.offload import placed_by, places_state
 from rewarm.config.run import RunConfig
 from rewarm.engine.deepspeed.json_file import merge, read_user_file
 from rewarm.errors import UserError
@@ -69,11 +70,11 @@ def deepspeed_json(config: RunConfig, data_parallel_size: int) -> dict[str, Any]
     if settings.json_file is not None:
         values = merge(values, read_user_file(settings.json_file), settings.json_file)
         moved = [key for key in ("offload_optimizer", "offload_param") if key in values["zero_optimization"]]
-        if config.offload.mode != "none" and moved:
+        if places_state(config) and moved:
             raise UserError(
                 f"deepspeed.json_file={settings.json_file} sets zero_optimization.{moved[0]}, and "
-                f"offload.mode={config.offload.mode} moves the same state",
-                fix="remove it from the file, or set offload.mode=none",
+                f"{placed_by(config)} keeps the same state elsewhere",
+                fix="remove it from the file, or set offload.mode=none and optimizer.name=adamw",
             )
     return values
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rewarm.config.offload import places_state
 from rewarm.config.run import RunConfig
 from rewarm.engine.deepspeed.shards import local_shape
 from rewarm.engine.deepspeed.update import KernelAdamW, OffloadedStep
@@ -32,7 +33,7 @@ def build_optimizer(config: RunConfig, module: nn.Module) -> torch.optim.Optimiz
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, adamw_mode=True, fp32_optimizer_states=True, **options)
-    kind = KernelAdamW if config.offload.mode == "none" else OffloadedStep
+    kind = OffloadedStep if places_state(config) else KernelAdamW
     return kind(groups, fused=True, **options)
 
 

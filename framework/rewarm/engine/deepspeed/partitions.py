@@ -58,17 +58,18 @@ class Partitions(ABC):
 
         Args:
             moments: also give the moments, made of zeros where there are none yet.
-            write: they will be changed. What more than one rank holds is then given to each of them whole.
+            write: all that is given will be replaced. What more than one rank holds is then given to each of them
+                whole.
         """
 
     @abstractmethod
     def weights_changed(self) -> None:
         """Take the fp32 parameters over into the model. Collective."""
 
-    def offload(self, settings: OffloadConfig) -> None:
+    def offload(self, settings: OffloadConfig, *, eight_bit: bool) -> None:
         """Hand the optimizer's state to the run's offload section. Collective."""
         assert isinstance(self.inner, OffloadedStep)
-        self.inner.attach(settings, self._flats, self._take_over)
+        self.inner.attach(settings, self._flats, self._take_over, eight_bit=eight_bit)
 
     @abstractmethod
     def _take_over(self) -> None:
@@ -122,7 +123,11 @@ class Partitions(ABC):
             return
         assert self.inner.offload is not None and self.inner.offload.inner is not None
         offloaded, place = self.inner.offload.inner, self.inner.place_of(flat)
-        _, *held = offloaded.read(place, offset, offset + length)
+        if moments and write:
+            # They will be replaced: parts of 8-bit moments are written one after the other, without a look at others.
+            held = tuple(torch.zeros(length) for _ in MOMENTS)
+        else:
+            held = offloaded.read(place, offset, offset + length)[1:]
         if moments:
             views |= dict(zip(MOMENTS, held, strict=True))
         yield Fragment(name, start, views)
@@ -190,7 +195,9 @@ class Flat(Partitions):
     def fragments(self, *, moments: bool, write: bool) -> Iterator[Fragment]:
         """See :meth:`Partitions.fragments`."""
         flats = self._flats
-        for name, mapping in self._owned():
+        # In the order of the flat tensors, so that what is offloaded is brought in, and put back, once.
+        owned = sorted(self._owned(), key=lambda each: _place_in_flats(each[1]))
+        for name, mapping in owned:
             place = mapping.hp_fragment_address
             flat, start = flats[mapping.param_group_index], mapping.lp_fragment_address.start
             yield from self._lend(name, start, flat, place.start, place.numel, moments=moments, write=write)
@@ -198,6 +205,10 @@ class Flat(Partitions):
     def weights_changed(self) -> None:
         """See :meth:`Partitions.weights_changed`."""
         self.wrapper.update_lp_params()
+
+
+def _place_in_flats(mapping: Any) -> tuple[int, int]:
+    return mapping.param_group_index, mapping.hp_fragment_address.start
 
 
 class Sharded(Partitions):

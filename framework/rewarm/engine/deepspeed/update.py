@@ -38,7 +38,8 @@ class KernelAdamW(torch.optim.AdamW):
 
 
 class OffloadedStep(KernelAdamW):
-    """The same with the moments, and a second fp32 copy of what DeepSpeed hands it, under the offload section.
+    """The same with the moments under the offload section, and off the device a second fp32 copy of what DeepSpeed
+    hands it.
 
     DeepSpeed updates one piece of the parameters after the other, and takes each over into the model at once. The
     pieces are only noted here, until the last one has come and all can be updated in one pipeline.
@@ -46,13 +47,16 @@ class OffloadedStep(KernelAdamW):
 
     offload: Offload | None = None
 
-    def attach(self, settings: OffloadConfig, flats: Sequence[Tensor], take_over: Callable[[], None]) -> None:
+    def attach(
+        self, settings: OffloadConfig, flats: Sequence[Tensor], take_over: Callable[[], None], *, eight_bit: bool
+    ) -> None:
         """Hand the pieces over. Collective.
 
         Args:
             settings: the run's offload section.
             flats: all fp32 tensors that DeepSpeed updates on this rank.
             take_over: copies all of them into the model's own parameters.
+            eight_bit: keep the moments as one byte each.
         """
         self._places = {id(flat): i for i, flat in enumerate(flats)}
         self._noted: dict[int, tuple[Tensor, GroupStep]] = {}
@@ -65,6 +69,7 @@ class OffloadedStep(KernelAdamW):
             [flat.detach().view(-1) for flat in flats],
             range(len(flats)),
             gradient_type=torch.float32,
+            eight_bit=eight_bit,
         )
 
     @torch.no_grad()

@@ -80,12 +80,13 @@ class OffloadedOptimizer(DistributedOptimizer):
     optimizer: OffloadedAdamWStep
     places: dict[Any, int]
 
-    def attach(self, settings: OffloadConfig, names: Mapping[int, str]) -> None:
+    def attach(self, settings: OffloadConfig, names: Mapping[int, str], *, eight_bit: bool) -> None:
         """Hand this rank's shards over. Collective.
 
         Args:
             settings: the run's offload section.
             names: of the model's parameters by ``id``.
+            eight_bit: keep the moments as one byte each.
         """
         owned = self._owned_shards()
         self.places = {each.parameter: i for i, each in enumerate(owned)}
@@ -96,6 +97,7 @@ class OffloadedOptimizer(DistributedOptimizer):
             [each.shard for each in owned],
             [each.group for each in owned],
             gradient_type=torch.float32,
+            eight_bit=eight_bit,
         )
         for each in owned:
             if each.main.dtype != each.shard.dtype:

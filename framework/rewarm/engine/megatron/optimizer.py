@@ -44,7 +44,7 @@ class Optimizer:
         offload: OffloadConfig,
     ) -> None:
         self._settings = settings
-        offloaded = offload.mode != "none"
+        offloaded = offload.mode != "none" or settings.eight_bit
         kind = GroupStepSGD if settings.name == "sgd" else OffloadedAdamWStep if offloaded else GroupStepAdamW
         compat.accept_optimizer(kind)
         config = MegatronOptimizerConfig(
@@ -78,7 +78,7 @@ class Optimizer:
         self._inner.allocate()
         if isinstance(self.sharded, OffloadedOptimizer):
             names = {id(parameter): name for chunk in chunks for name, parameter in chunk.module.named_parameters()}
-            self.sharded.attach(offload, names)
+            self.sharded.attach(offload, names, eight_bit=settings.eight_bit)
         self._overlap: Overlap | None = None
         if isinstance(self.sharded, OffloadedOptimizer):
             self._overlap = Overlap(self.sharded, chunks, decoder)
@@ -149,7 +149,7 @@ class Optimizer:
     @property
     def has_moments(self) -> bool:
         """True under AdamW."""
-        return self._settings.name == "adamw"
+        return self._settings.name != "sgd"
 
     @property
     def num_updates(self) -> int:

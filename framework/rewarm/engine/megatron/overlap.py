@@ -134,6 +134,9 @@ class Overlap:
             number: micro-batches.
             learning_rate: of the update that follows; None if none does.
         """
+        inner = self._step.offload.inner
+        if inner is not None and inner.begun:
+            inner.finish()  # undoes what passes that ended in an error have begun
         self._calls.clear()
         self._passes, self._rate = number, learning_rate
         self._left = set(self._places) if learning_rate is not None else set()
