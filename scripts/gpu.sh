@@ -59,7 +59,7 @@ part offload python scripts/benchmarks/offload.py --elements 400000000 --subgrou
 part offload-one-connection env CUDA_DEVICE_MAX_CONNECTIONS=1 python scripts/benchmarks/offload.py \
     --elements 400000000 --subgroup 20000000 --threads "$(nproc)"
 part offload-step python scripts/benchmarks/offload_step.py --layers 16 --hidden 1024 --sequence 1024 \
-    --subgroup 20000000 --modes none cpu streamed deep_optimizer_states
+    --subgroup 20000000 --modes none cpu streamed deep_optimizer_states --apart
 part offload-rivals python scripts/benchmarks/offload_rivals.py --output "$folder" "$@"
 
 echo
