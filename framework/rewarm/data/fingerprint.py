@@ -19,7 +19,7 @@ def range_fingerprint(tokens: IndexedTokens, start: int, stop: int, content_hash
     32 blocks of 4 KiB evenly over the range, its first and last bytes included, and 8 over the index. A change that
     alters a size, the order of files, the tokenizer or the shuffle of the source cannot pass; one edited token
     between two blocks of a large file can, unless it changed the hash of the whole content that is given. Reading all
-    here is no way out: every rank asks, before the ranks can share the work, and it takes seconds per GB.
+    here is no way out: every rank asks, before the ranks can share the work, and it takes about a second per GB.
 
     Args:
         tokens: the open pair.

@@ -33,7 +33,10 @@ def trained(folder: Path, optimizer: str) -> Path:
     ("before", "now", "state", "fits"),
     [
         ("adamw", "adamw", "keep", True),
+        ("adamw", "adamw_8bit", "keep", True),
+        ("adamw_8bit", "adamw", "keep", True),
         ("sgd", "sgd", "keep", True),
+        ("adamw_8bit", "sgd", "keep", False),
         ("sgd", "adamw", "keep", False),
         ("adamw", "sgd", "keep", False),
         ("sgd", "adamw", "reset", True),

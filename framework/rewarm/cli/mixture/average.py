@@ -1,0 +1,41 @@
+"""``rewarm mixture average``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rewarm.cli.mixture.common import run_facts
+
+
+def average(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+) -> None:
+    """Mean weights of a run's new domains, as JSON that another stage takes as its mixture.weights.
+
+    Of the loss under mixer doremi, else of the samples; each update counts as long as it was in force.
+
+    [bold]Example[/bold]
+
+        rewarm train large.yaml mixture.weights="$(rewarm mixture average runs/proxy)"
+    """
+    import yaml
+
+    from rewarm.mixing.average import average_shares
+    from rewarm.mixing.mixers import MIXERS
+    from rewarm.mixing.weight_log import WeightLog
+
+    state, _ = run_facts(run)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    mixer = MIXERS.get(config["mixture"]["mixer"])
+    shares = average_shares(
+        WeightLog(run / "mixture.jsonl").entries(),
+        int(state["sampler"]["sample_index"]),
+        list(config["data"]),
+        objective=mixer is not None and mixer.steers_objective,
+    )
+    sys.stdout.write(json.dumps({name: round(share, 9) for name, share in shares.items()}) + "\n")
