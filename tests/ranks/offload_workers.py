@@ -171,7 +171,7 @@ def refusals(cases: list[dict[str, Any]]) -> list[str]:
 
 def without_space(settings: dict[str, Any]) -> str:
     """:func:`refusals` on a machine whose drives are nearly full."""
-    offload._free_space = lambda path: 4096.0
+    offload.free_space = lambda paths: 4096.0
     return refusals([settings])[0]
 
 

@@ -248,19 +248,19 @@ class Offload:
         if settings.device_memory is not None:
             room = settings.device_memory * 1e9
         _together(lambda: profile.check_drives(settings.nvme_paths))
-        space = {path: _free_space(path) / len(node) for path in settings.nvme_paths}
+        space = free_space(settings.nvme_paths) / len(node)
         self._drive_shares: list[float] | None = None
-        if settings.mode == "auto" or len(space) > 1 or settings.profile is not None:
+        if settings.mode == "auto" or len(settings.nvme_paths) > 1 or settings.profile is not None:
             measured = self._profile()
-            drives = [measured.nvme[str(Path(path))] for path in space]
+            drives = [measured.nvme[str(Path(path))] for path in settings.nvme_paths]
             self._drive_shares = [min(drive["read"], drive["write"]) for drive in drives] or None
             size, eight_bit = settings.subgroup_size, self._job.eight_bit
             machine = measured.machine(
                 ranks=len(node), host_memory=host, device_free=room, size=size, eight_bit=eight_bit
             )
-            return replace(machine, nvme_free=sum(space.values()))
-        machine = replace(_UNMEASURED, host_free=host, device_free=room, nvme_free=sum(space.values()))
-        return replace(machine, nvme_read=1.0, nvme_write=1.0) if space else machine
+            return replace(machine, nvme_free=space)
+        machine = replace(_UNMEASURED, host_free=host, device_free=room, nvme_free=space)
+        return replace(machine, nvme_read=1.0, nvme_write=1.0) if settings.nvme_paths else machine
 
     def _profile(self) -> profile.Profile:
         """The profile of this node, read or measured by its first rank while the others wait."""
@@ -359,9 +359,10 @@ def stretched(placement: Placement, subgroups: int) -> Placement:
     return replace(placement, routes=interleave(counts), early=early)
 
 
-def _free_space(path: str) -> float:
-    found = os.statvfs(path)
-    return float(found.f_bavail * found.f_frsize)
+def free_space(paths: Sequence[str]) -> float:
+    """Bytes that this user may still write to the drives of some folders; a drive of several counts once."""
+    drives = {os.stat(path).st_dev: os.statvfs(path) for path in paths}
+    return float(sum(found.f_bavail * found.f_frsize for found in drives.values()))
 
 
 def _together(action: Callable[[], _Value]) -> _Value:

@@ -295,11 +295,18 @@ class Executor:
 
     def _lane(self, name: str, work: list[int], steps: queue.SimpleQueue[_Step | None]) -> None:
         if name == "cpu" and self.cores:
-            os.sched_setaffinity(0, self.cores)  # of this thread; the threads of its OpenMP team inherit it
+            self._pin(self.cores)
         with self.device.lane(name):
             while (step := steps.get()) is not None:
                 for i in work:
                     self._run(step, i, self.tasks[i])
+
+    def _pin(self, cores: Sequence[int]) -> None:
+        """Keep this thread on its cores; the threads of its OpenMP team inherit that."""
+        try:
+            os.sched_setaffinity(0, cores)
+        except OSError as error:  # the job's cores were changed since they were counted
+            log.warning("the update runs on any core: this process may not use %s: %s", list(cores), error.strerror)
 
     def _run(self, step: _Step, i: int, task: Task) -> None:
         try:

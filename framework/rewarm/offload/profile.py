@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -353,7 +354,8 @@ def check_drives(paths: Sequence[str]) -> None:
         UserError: if there is no such folder, or it lies in memory.
     """
     mounts = (line.split() for line in Path("/proc/self/mounts").read_text().splitlines())
-    kinds = {Path(fields[1]): fields[2] for fields in mounts}
+    # The kernel writes a space in a name as \040.
+    kinds = {Path(re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), f[1])): f[2] for f in mounts}
     for path in map(Path, paths):
         if not path.is_dir():
             raise UserError(f"the NVMe path {path} is not a folder", fix="create it, or correct offload.nvme_paths")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewarm.engine.offload import stretched
+from rewarm.engine.offload import free_space, stretched
 from rewarm.errors import UserError
 from rewarm.offload.placement import interleave
 from rewarm.offload.routes import Placement, Route
@@ -35,3 +37,16 @@ def test_memory_that_cannot_be_locked_is_told_with_the_limit(monkeypatch: pytest
     with pytest.raises(UserError, match=r"cannot lock 0\.01 GB .*ulimit -l is") as caught:
         HostPool(pin=True).take(1 << 20, torch.float64)
     assert "LimitMEMLOCK" in str(caught.value)
+
+
+def test_two_folders_of_a_drive_have_its_space_once(tmp_path: Path) -> None:
+    """The system's drive and the one in memory that Linux has at /dev/shm."""
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    one, other = free_space([str(folders[0])]), free_space(["/dev/shm"])
+    assert os.stat(tmp_path).st_dev != os.stat("/dev/shm").st_dev
+    # Others write meanwhile.
+    assert free_space([*map(str, folders)]) == pytest.approx(one, rel=0.1)
+    assert free_space([*map(str, folders), "/dev/shm"]) == pytest.approx(one + other, rel=0.1)
+    assert free_space([]) == 0

@@ -92,10 +92,8 @@ def restricted(cores: set[int]) -> list[str]:
     return found
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core is always where everything runs")
-def test_the_team_of_the_update_runs_on_its_cores_and_nobody_else_does() -> None:
-    mask = os.sched_getaffinity(0)
-    core = max(mask)
+def pinned(cores: list[int]) -> Executor:
+    """Updates two subgroups with a team of three."""
     layout = Layout.of([Shard("w", 400_000)], 200_000)
     placement = Placement((Route.CPU,) * 2)
     parameters, gradients = torch.zeros(layout.numel, dtype=torch.bfloat16), torch.ones(layout.numel)
@@ -105,11 +103,18 @@ def test_the_team_of_the_update_runs_on_its_cores_and_nobody_else_does() -> None
     zeros = torch.zeros(layout.numel)
     states.load(zeros, zeros, zeros, parameters)
     job = Job(layout.numel, 0.0, 0.0, grad_bytes=4)
-    before = restricted({core})
-    executor = Executor(
+    return Executor(
         layout, placement, job, device, states,
-        parameters=parameters, gradients=gradients, cpu_threads=3, cores=[core],
+        parameters=parameters, gradients=gradients, cpu_threads=3, cores=cores,
     )  # fmt: skip
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core is always where everything runs")
+def test_the_team_of_the_update_runs_on_its_cores_and_nobody_else_does() -> None:
+    mask = os.sched_getaffinity(0)
+    core = max(mask)
+    before = restricted({core})
+    executor = pinned([core])
     executor.run_step(1, [GroupStep(1e-3)])
     # The lane and the two others of its team, which sleep until the next update.
     assert len(restricted({core})) - len(before) == 3, restricted({core})
@@ -121,3 +126,10 @@ def test_the_team_of_the_update_runs_on_its_cores_and_nobody_else_does() -> None
     while restricted({core}) != before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert restricted({core}) == before
+
+
+def test_cores_that_were_taken_away_are_told_and_the_update_is_made(caplog: pytest.LogCaptureFixture) -> None:
+    executor = pinned([100_000])
+    timeline = executor.run_step(1, [GroupStep(1e-3)])
+    assert timeline.seconds > 0 and "may not use [100000]" in caplog.text
+    executor.close()

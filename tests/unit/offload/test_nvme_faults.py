@@ -87,10 +87,10 @@ def test_a_write_that_is_cut_short_goes_on_until_the_system_says_why(
 
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 24 MiB."""
+    """A file system of 24 MiB, with a space in its name."""
     if os.geteuid() != 0:
         pytest.skip("mounting a small file system needs root")
-    place = tmp_path / "small"
+    place = tmp_path / "quite small"
     place.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(place)], capture_output=True)
     if mounted.returncode:
