@@ -5,7 +5,7 @@
 // middle is the value. All values are then divided by the largest, so that it is 1 and the scale is the block's largest
 // magnitude itself: what was quantised once has the same codes and scale when it is quantised again. With a sign (first
 // moment) WIDTH is 7, without (second moment) 8. A second moment never becomes zero by rounding, for a step divides by
-// it.
+// it. A first moment that gradients no longer feed never stays by rounding, for it would move its parameter for ever.
 #pragma once
 
 #include "adamw.h"
@@ -67,6 +67,23 @@ REWARM_INLINE uint8_t quantize_signed(float x, float inverse) {
 REWARM_INLINE uint8_t quantize_unsigned(float x, float inverse) {
     const uint32_t code = encode<UNSIGNED_WIDTH>(mul_rn(x, inverse));
     return uint8_t(code == 0 && x > 0 && inverse > 0 ? 1u : code);
+}
+
+// The magnitude below which a first moment has to be after a step: that before it where the gradient is far smaller,
+// and infinity where a new gradient decides.
+REWARM_INLINE float ceiling_of(float grad, float moment1) {
+    const float before = float_of(bits_of(moment1) & 0x7FFFFFFFu);
+    const bool fed = !(float_of(bits_of(grad) & 0x7FFFFFFFu) <= mul_rn(before, 0.0625f));
+    return fed ? float_of(0x7F800000u) : before;
+}
+
+// The next smaller code where rounding has taken a first moment up to its ceiling again, as a cell that is wider than
+// what the moment loses in a step does for ever. The largest of a block keeps its own: it is the scale. `kept` is the
+// value of the code times the scale.
+REWARM_INLINE uint8_t ebb(uint8_t code, float kept, float ceiling) {
+    const uint32_t magnitude = code & 127u;
+    const bool stays = float_of(bits_of(kept) & 0x7FFFFFFFu) >= ceiling && magnitude > 0 && magnitude < 127;
+    return uint8_t(stays ? (magnitude == 1 ? 0u : code - 1u) : code);
 }
 
 // Largest magnitudes are compared as words, in which infinity and NaN lie above all numbers: they reach the scale.

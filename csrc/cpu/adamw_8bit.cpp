@@ -23,10 +23,12 @@ struct QuantizedState {
 
 int64_t blocks_of(int64_t elements) { return (elements + QUANTIZED_BLOCK - 1) / QUANTIZED_BLOCK; }
 
-// The update of one block in fp32; what its moments became stays in `m` and `v`. Returns their largest magnitudes.
+// The update of one block in fp32; what its moments became stays in `m` and `v`, and what the first moment has to be
+// below in `ceiling`. Returns the largest magnitudes.
 template <int GRAD, int OUT>
 REWARM_INLINE void update_block(const QuantizedState& s, const rewarm_adamw_step& step, int64_t block, int64_t count,
-                                float* __restrict__ m, float* __restrict__ v, uint32_t* largest) {
+                                float* __restrict__ m, float* __restrict__ v, float* __restrict__ ceiling,
+                                uint32_t* largest) {
     const int64_t first = block * QUANTIZED_BLOCK;
     float* __restrict__ master = s.master + first;
     const uint8_t* __restrict__ codes1 = s.moment1 + first;
@@ -37,7 +39,9 @@ REWARM_INLINE void update_block(const QuantizedState& s, const rewarm_adamw_step
     for (int64_t i = 0; i < count; i++) {
         float p = master[i];
         float moment1 = mul_rn(SIGNED.value[codes1[i]], scale1), moment2 = mul_rn(UNSIGNED.value[codes2[i]], scale2);
-        adamw(step, load<GRAD>(s.grad, first + i), p, moment1, moment2);
+        const float grad = load<GRAD>(s.grad, first + i);
+        ceiling[i] = ceiling_of(mul_rn(grad, step.grad_scale), moment1);
+        adamw(step, grad, p, moment1, moment2);
         master[i] = p;
         m[i] = moment1;
         v[i] = moment2;
@@ -65,17 +69,28 @@ REWARM_INLINE void store_block(const QuantizedState& s, int64_t block, int64_t c
     for (int64_t i = 0; i < count; i++) codes2[i] = quantize_unsigned(v[i], inverse2);
 }
 
+// Lets go of first moments that only rounding holds.
+REWARM_INLINE void ebb_block(const QuantizedState& s, int64_t block, int64_t count,
+                             const float* __restrict__ ceiling) {
+    uint8_t* __restrict__ codes1 = s.moment1 + block * QUANTIZED_BLOCK;
+    const float scale1 = s.scale1[block];
+#pragma GCC ivdep
+    for (int64_t i = 0; i < count; i++)
+        codes1[i] = ebb(codes1[i], mul_rn(SIGNED.value[codes1[i]], scale1), ceiling[i]);
+}
+
 template <int GRAD, int OUT>
 struct UpdateQuantized {
     QuantizedState s;
     rewarm_adamw_step step;
     REWARM_INLINE void operator()(int64_t begin, int64_t end) const {
-        alignas(64) float m[QUANTIZED_BLOCK], v[QUANTIZED_BLOCK];
+        alignas(64) float m[QUANTIZED_BLOCK], v[QUANTIZED_BLOCK], ceiling[QUANTIZED_BLOCK];
         for (int64_t block = begin; block < end; block++) {
             const int64_t count = std::min(QUANTIZED_BLOCK, s.elements - block * QUANTIZED_BLOCK);
             uint32_t largest[2];
-            update_block<GRAD, OUT>(s, step, block, count, m, v, largest);
+            update_block<GRAD, OUT>(s, step, block, count, m, v, ceiling, largest);
             store_block(s, block, count, m, v, largest);
+            ebb_block(s, block, count, ceiling);
         }
     }
 };

@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(THREADS_8BIT) update_quantized(QuantizedState 
     __syncthreads();
     const int64_t first = int64_t(blockIdx.x) * QUANTIZED_BLOCK + threadIdx.x;
     const float scale1 = s.scale1[blockIdx.x], scale2 = s.scale2[blockIdx.x];
-    float m[PER_THREAD], v[PER_THREAD];
+    float m[PER_THREAD], v[PER_THREAD], ceiling[PER_THREAD];
     unsigned most1 = 0, most2 = 0;
 #pragma unroll
     for (int turn = 0; turn < PER_THREAD; turn++) {
@@ -44,7 +44,9 @@ __global__ void __launch_bounds__(THREADS_8BIT) update_quantized(QuantizedState 
         float p = s.master[i];
         m[turn] = mul_rn(codes1[s.moment1[i]], scale1);
         v[turn] = mul_rn(codes2[s.moment2[i]], scale2);
-        adamw(step, load<GRAD>(s.grad, i), p, m[turn], v[turn]);
+        const float grad = load<GRAD>(s.grad, i);
+        ceiling[turn] = ceiling_of(mul_rn(grad, step.grad_scale), m[turn]);
+        adamw(step, grad, p, m[turn], v[turn]);
         s.master[i] = p;
         if (OUT != NONE) store<OUT>(s.out, i, p);
         most1 = max(most1, bits_of(m[turn]) & 0x7FFFFFFFu);
@@ -63,7 +65,8 @@ __global__ void __launch_bounds__(THREADS_8BIT) update_quantized(QuantizedState 
     for (int turn = 0; turn < PER_THREAD; turn++) {
         const int64_t i = first + int64_t(turn) * THREADS_8BIT;
         if (i >= s.elements) break;
-        s.moment1[i] = quantize_signed(m[turn], inverse1);
+        const uint8_t code = quantize_signed(m[turn], inverse1);
+        s.moment1[i] = ebb(code, mul_rn(codes1[code], next1), ceiling[turn]);
         s.moment2[i] = quantize_unsigned(v[turn], inverse2);
     }
 }
