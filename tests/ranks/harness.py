@@ -10,13 +10,14 @@ import ctypes
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+from rewarm.launch.local import free_port
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
@@ -53,7 +54,7 @@ def run_ranks(function: Callable[..., Any], num_ranks: int, *arguments: Any, tim
     # The fork server takes its import path from the environment.
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    port = _free_port()
+    port = free_port()
     pipes = [_CONTEXT.Pipe(duplex=False) for _ in range(num_ranks)]
     processes = [
         _CONTEXT.Process(target=_rank_main, args=(sender, function, arguments, rank, num_ranks, port), daemon=True)
@@ -118,9 +119,3 @@ def _rank_main(
     # A destructor of a broken group may wait for ever for ranks that are gone.
     sender.close()
     os._exit(0)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,16 +12,11 @@ from typing import Any
 
 import pytest
 
+from rewarm.launch.local import free_port
 from system.conftest import BASE, Workplace, write_domain
 
 Lines = list[dict[str, Any]]
 LAUNCH = Path(__file__).parents[2] / "launch"
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +47,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_of_another_launcher(place: Workplace, case: str, without_timing: Callable[[Lines], Lines]) -> None:
     script, engine, machines = CASES[case]
-    name, port = case.replace(" ", "-") + "-launcher", free_port()
+    name, port = case.replace(" ", "-") + "-launcher", str(free_port())
     started = [
         subprocess.Popen(
             ["bash", str(LAUNCH / script), "base.yaml", f"name={name}", f"engine={engine}", "stop_at=4 steps"],

@@ -47,11 +47,6 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def supports_bfloat16() -> bool:
-    """True if bfloat16 arithmetic runs on this device (every CPU can, some slowly; GPUs since Ampere)."""
-    return torch.cuda.is_bf16_supported() if is_gpu() else True
-
-
 def rng_state() -> dict[str, Any]:
     """Random state of torch on the CPU and, where there is one, on this rank's GPU."""
     state = {"cpu": torch.get_rng_state()}

@@ -11,6 +11,7 @@ import ctypes
 import functools
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -24,6 +25,8 @@ from types import FrameType
 ERROR_FOLDER = "REWARM_ERROR_FOLDER"
 """Environment variable: where ranks leave their error messages for the launcher to print."""
 _GRACE_SECONDS = 10.0
+_FIRST_PORT = 10_000
+"""Below it are many that services are known by."""
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
@@ -56,7 +59,7 @@ def launch_local(arguments: list[str], num_ranks: int, log_folder: Path) -> int:
     threads = max(1, (os.cpu_count() or 1) // num_ranks)
     with tempfile.TemporaryDirectory(prefix="rewarm-") as errors, contextlib.ExitStack() as files:
         children: list[subprocess.Popen[bytes]] = []
-        port = _free_port()
+        port = free_port()
         # A stop that comes while they start waits until there is somebody to forward it to.
         signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
         for rank in range(num_ranks):
@@ -159,7 +162,20 @@ def _message(ending: _Ending, errors: Path, log_folder: Path) -> str:
     return text if first["clear"] else f"{text}\n  (rank {first['rank']}; more in {log_folder})"
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_port() -> int:
+    """A port on which nobody listens, below those that Linux gives to connections: one of these could be given away
+    before rank 0 listens on it."""
+    try:
+        first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except OSError:
+        first = 0
+    draws = random.SystemRandom()
+    candidates = [draws.randrange(_FIRST_PORT, first) for _ in range(50)] if first > _FIRST_PORT else []
+    for port in [*candidates, 0]:
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    raise AssertionError("Linux has no port left")

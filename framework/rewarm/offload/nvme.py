@@ -257,6 +257,10 @@ def open_scratch(folder: Path, size: int) -> int:
     file = None
     try:
         file = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_DIRECT, 0o600)
+        free = os.fstatvfs(file)
+        if size > free.f_bavail * free.f_frsize:
+            # Asked for too much, ext4 takes all there is before it refuses, and whoever writes meanwhile finds none.
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.posix_fallocate(file, 0, max(size, mmap.PAGESIZE))
     except OSError as error:
         if file is not None:

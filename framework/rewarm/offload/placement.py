@@ -217,11 +217,6 @@ def place(
     return best, relaxation
 
 
-def exposed_seconds(machine: Machine, job: Job, placement: Placement) -> float:
-    """Seconds that the update adds to a step."""
-    return predict(machine, job, placement).seconds - job.forward - job.backward
-
-
 def update_seconds(machine: Machine, job: Job, placement: Placement) -> float:
     """Seconds from the end of the backward pass to the end of the last update, copy or write."""
     timeline = predict(machine, job, placement)

@@ -91,7 +91,6 @@ class Overlap:
             chunks: this rank's parts of the model.
             decoder: their settings.
         """
-        self._optimizer, self._chunks = optimizer, list(chunks)
         self._places = optimizer.places
         self._step = optimizer.optimizer
         self._reduces = chunks[0].dp_group.size() > 1
