@@ -161,7 +161,8 @@ class Moments8bit:
 
     Block-wise dynamic quantisation (Dettmers et al., 2021): a code is a decade and a linear cell in it, the scale is
     the largest magnitude of 2048 elements. An element's first moment is off by at most 0.7% of its block's largest, its
-    second by at most 0.35%, each by at most half a cell of its own decade. Quantised again, values keep all bits.
+    second by at most 0.35%, each by at most half a cell of its own decade; a first moment without gradients is let go
+    of by a cell more. Quantised again, values keep all bits.
     """
 
     codes1: torch.Tensor
