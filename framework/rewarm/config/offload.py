@@ -94,7 +94,7 @@ def check_offload(config: RunConfig) -> None:
     mode, deepspeed = config.offload.mode, config.deepspeed
     if not places_state(config):
         return
-    if config.optimizer.name == "sgd":
+    if not config.optimizer.has_moments:
         raise ValueError(
             f"offload.mode={mode} moves the state of AdamW, and optimizer.name={config.optimizer.name} has none to "
             "move: set offload.mode=none or optimizer.name=adamw"

@@ -45,6 +45,11 @@ class OptimizerConfig(Section):
         """True if the moments have one byte each."""
         return self.name == "adamw_8bit"
 
+    @property
+    def has_moments(self) -> bool:
+        """True if the state is more than the parameters."""
+        return self.name not in WITHOUT_MOMENTS
+
     @model_validator(mode="after")
     def _check_ignored(self) -> OptimizerConfig:
         for name in ("beta1", "beta2", "epsilon"):

@@ -68,7 +68,7 @@ def _check_optimizer(config: RunConfig, parent: Parent) -> None:
     if not written.is_file():
         return  # an imported model: the engine says that its checkpoint holds no optimizer state
     before, now = yaml.safe_load(written.read_text())["optimizer"]["name"], config.optimizer.name
-    if (before in WITHOUT_MOMENTS) != (now in WITHOUT_MOMENTS):
+    if (before not in WITHOUT_MOMENTS) != config.optimizer.has_moments:
         raise UserError(
             f"optimizer_state=keep, but parent={config.parent} was trained with optimizer.name={before}, and this "
             f"stage has optimizer.name={now}: one of them has no moments",

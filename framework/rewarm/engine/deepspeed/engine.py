@@ -94,7 +94,7 @@ class DeepSpeedEngine(Collectives, Engine):
         self._partitions = open_partitions(
             self.deepspeed,
             stage,
-            has_moments=config.optimizer.name != "sgd",
+            has_moments=config.optimizer.has_moments,
             num_shares=self._num_shares,
             share=self.rank // self.layout.tensor,
         )

@@ -149,7 +149,7 @@ class Optimizer:
     @property
     def has_moments(self) -> bool:
         """True under AdamW."""
-        return self._settings.name != "sgd"
+        return self._settings.has_moments
 
     @property
     def num_updates(self) -> int:
