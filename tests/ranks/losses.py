@@ -43,12 +43,14 @@ def this_platform() -> dict[str, str]:
 
 
 def _processor() -> str:
-    """The model of the CPU: math libraries choose their kernels by it."""
+    """The model of the CPU with its numbers, since virtual machines share names: math libraries choose by it."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
     except OSError:
-        lines = []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+        return platform.machine()
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    known = [fields[name] for name in ("model name", "cpu family", "model") if name in fields]
+    return " ".join(known) or platform.machine()
 
 
 def measure(case: str) -> Steps:
