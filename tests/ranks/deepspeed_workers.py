@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ranks.deepspeed_models import LEARNING_RATE, deepspeed_config, masked_batch
+from ranks.single_workers import group_timeouts
 from ranks.tiny import DOMAINS, global_batch
 from rewarm.engine.base import Batch, Engine, StepResult
 from rewarm.engine.deepspeed.engine import DeepSpeedEngine
@@ -27,6 +28,15 @@ def opened(folder: Path, settings: dict[str, Any], *, fill: bool = True) -> Iter
         engine.import_huggingface(folder)
     yield engine
     engine.release()
+
+
+def timeouts(folder: Path, cases: Sequence[dict[str, Any]]) -> list[float]:
+    """The time limits of the groups of several engines."""
+    found = []
+    for settings in cases:
+        with opened(folder, settings, fill=False):
+            found += group_timeouts()
+    return found
 
 
 def share(engine: Engine, whole: Batch) -> Batch:

@@ -20,6 +20,29 @@ def build(settings: dict[str, Any]) -> MegatronEngine:
     return engine
 
 
+def group_timeouts() -> list[float]:
+    """Minutes of every process group that this process is in."""
+    import torch.distributed as dist
+
+    cpu = torch.device("cpu")
+    groups = dist.distributed_c10d._world.pg_map
+    return [group._get_backend(cpu).options._timeout.total_seconds() / 60 for group in groups]
+
+
+def timeouts(settings: dict[str, Any]) -> list[float]:
+    """The time limits of the groups of an engine."""
+    build(settings)
+    return group_timeouts()
+
+
+def default_timeout(settings: dict[str, Any], backend: str) -> float:
+    """Minutes that torch gives a group which is made without a limit while an engine lives."""
+    from torch.distributed.distributed_c10d import _get_default_timeout
+
+    build(settings)
+    return _get_default_timeout(backend).total_seconds() / 60
+
+
 def parameters(engine: MegatronEngine) -> dict[str, torch.Tensor]:
     """Copies of this rank's parameters by global name."""
     return {name: value.detach().clone() for chunk in engine.chunks for name, value in global_parameters(chunk)}

@@ -15,9 +15,13 @@ def is_gpu() -> bool:
 
 
 def local_device() -> torch.device:
-    """The device of this rank: the GPU numbered ``LOCAL_RANK``, or the CPU."""
+    """The device of this rank: of the GPUs that it sees the one numbered ``LOCAL_RANK``, or the CPU.
+
+    A rank that sees fewer GPUs than that, as each sees its own one under ``srun --gpus-per-task=1``, counts around;
+    :func:`rewarm.engine.ranks.join` makes sure that no other rank has taken the same one.
+    """
     if is_gpu():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return torch.device("cpu")
 
 

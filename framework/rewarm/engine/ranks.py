@@ -9,7 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from rewarm.engine import device
+from rewarm.engine import device, gpus
+from rewarm.engine.environment import this_node
 from rewarm.errors import UserError
 
 
@@ -20,24 +21,22 @@ def join(timeout_minutes: float) -> None:
     group of one.
 
     Args:
-        timeout_minutes: minutes until a collective that a lost rank never joins fails.
+        timeout_minutes: minutes until a collective that a lost rank never joins fails; of this group and of every
+            group that is made later.
     """
+    limit = timedelta(minutes=timeout_minutes)
+    _give_to_new_groups(limit)
     if dist.is_initialized():
         return
-    local = device.activate()
-    backend = device.communication_backend()
-    options: dict[str, Any] = {"timeout": timedelta(minutes=timeout_minutes)}
-    if local.type == "cuda":
-        options["device_id"] = local
     # Megatron-Core's overlap of tensor-parallel communication relies on one hardware queue per device, and it warns
     # where this is unset.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if "RANK" not in os.environ:
         # An in-memory store: a single process needs no port that another one may hold.
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **options)
+        _join(dist.HashStore(), 0, 1, limit)
         return
     try:
-        dist.init_process_group(backend, **options)
+        _join(*next(dist.rendezvous("env://", timeout=limit)), limit)
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         meeting = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise UserError(
@@ -45,6 +44,33 @@ def join(timeout_minutes: float) -> None:
             f"{str(error).splitlines()[0]}",
             fix="check that every rank was started and that the address and the port are free and reachable",
         ) from error
+
+
+def _join(store: Any, rank: int, world_size: int, limit: timedelta) -> None:
+    """Join over a store that all ranks share, on a GPU of this rank's own."""
+    store.set_timeout(limit)
+    if device.is_gpu() and world_size > 1:
+        seat = gpus.own_seat(rank, this_node(), int(os.environ.get("LOCAL_RANK", "0")))
+        # DeepSpeed takes the GPU of this number too.
+        os.environ["LOCAL_RANK"] = str(gpus.assign(gpus.meet(store, seat, world_size, limit))[rank])
+    local = device.activate()
+    options: dict[str, Any] = {"timeout": limit}
+    if local.type == "cuda":
+        options["device_id"] = local
+    backend, store = device.communication_backend(), dist.PrefixStore("default_pg", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, **options)
+
+
+def _give_to_new_groups(limit: timedelta) -> None:
+    """Make a time limit that of every process group made from now on without one.
+
+    ``new_group`` takes torch's own default (10 minutes under NCCL, 30 under gloo), not the limit of the first group,
+    and neither DeepSpeed nor torch's checkpointing passes one.
+    """
+    from torch.distributed import distributed_c10d
+
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        setattr(distributed_c10d, name, limit)
 
 
 def any_rank(flag: bool) -> bool:

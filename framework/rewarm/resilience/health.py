@@ -54,6 +54,7 @@ def check_device() -> None:
 
     Raises:
         NodeFault: if the GPU is missing, does not answer, or is mostly occupied.
+        UserError: if this rank was started where no GPU is left for it.
     """
     import torch
 
@@ -61,15 +62,11 @@ def check_device() -> None:
 
     # Read when CUDA starts, which the look at the GPU does: Megatron-Core's overlapped communication relies on it.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    visible = os.environ.get("SLURM_GPUS_ON_NODE") or os.environ.get("SLURM_GPUS_PER_NODE")
     if not device.is_gpu():
-        if visible and visible != "0":
-            why = "this torch is built without CUDA" if torch.version.cuda is None else "see nvidia-smi there"
-            raise NodeFault(this_node(), f"SLURM gave {visible} GPUs, but torch finds none: {why}")
+        _check_no_gpu_is_meant()
         return
-    local, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if local >= found:
-        raise NodeFault(this_node(), f"this is local rank {local}, but there are only {found} GPUs")
+    _check_number(torch.cuda.device_count())
+    local = device.local_device().index
     try:
         free, total = torch.cuda.mem_get_info(local)
     except RuntimeError as error:
@@ -78,6 +75,71 @@ def check_device() -> None:
     if "SLURM_JOB_ID" in os.environ and free < MIN_FREE_GPU_SHARE * total:
         held = (total - free) / 2**30
         raise NodeFault(this_node(), f"GPU {local}: {held:.1f} GiB of {total / 2**30:.1f} are held by other processes")
+
+
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+_BINDINGS = ("SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK", "SLURM_GPU_BIND", "SLURM_NTASKS_PER_GPU")
+"""What SLURM sets where the ranks of a node may each see other GPUs."""
+
+
+def _check_no_gpu_is_meant() -> None:
+    """Torch finds no GPU: right, unless SLURM gave some.
+
+    Raises:
+        NodeFault: if it did.
+        UserError: if it gave them to the job, but not to this step.
+    """
+    import torch
+
+    given, visible = _gpus_of_node(), os.environ.get(_VISIBLE)
+    if not given or visible in ("", "-1"):  # these are how people ask for the CPU
+        return
+    if visible == "NoDevFiles":
+        raise UserError(
+            f"the job has {given} GPUs on {this_node()}, but SLURM gave this step none ({_VISIBLE}={visible})",
+            fix="add --gpus-per-node to srun, or leave out what takes the GPUs away (--gpus=0, --gres=none)",
+        )
+    why = "this torch is built without CUDA" if torch.version.cuda is None else "see nvidia-smi there"
+    raise NodeFault(this_node(), f"SLURM gave {given} GPUs, but torch finds none: {why}")
+
+
+def _check_number(found: int) -> None:
+    """Judge the number of GPUs that this rank sees where it is too low for its local rank.
+
+    That is no fault by itself: under ``srun --gpus-per-task`` or ``--gpu-bind`` each rank sees a part of the node's.
+
+    Raises:
+        NodeFault: if some of those that it was given are missing.
+        UserError: if more ranks were started than there are GPUs.
+    """
+    local, visible = int(os.environ.get("LOCAL_RANK", "0")), os.environ.get(_VISIBLE)
+    if local < found:
+        return
+    in_job, of_node = "SLURM_JOB_ID" in os.environ, _gpus_of_node()
+    bound = any(os.environ.get(name) for name in _BINDINGS)
+    named = None if visible is None else len([name for name in visible.split(",") if name.strip()])
+    if named is not None and found < named:
+        what = f"{_VISIBLE}={visible} names {named} GPUs, but torch finds {found}"
+        if in_job:
+            raise NodeFault(this_node(), f"{what}, none for local rank {local}")
+        raise UserError(what, fix="name those that nvidia-smi lists")
+    if named is None and not bound and found < of_node:
+        raise NodeFault(this_node(), f"SLURM gave {of_node} GPUs, but torch finds {found}, none for local rank {local}")
+    # What each rank sees may be its own; whether it is, the ranks find out when they meet (engine/gpus.py).
+    seen_by_all = named is None or named == of_node or (not in_job and found > 1)
+    if seen_by_all and not bound:
+        raise UserError(
+            f"this is local rank {local} on {this_node()}, where there are only {found} GPUs",
+            fix=f"start at most {found} ranks there, or ask for more GPUs",
+        )
+
+
+def _gpus_of_node() -> int:
+    """GPUs of this node that SLURM gave the job; 0 if it gave none, or there is no SLURM."""
+    text = os.environ.get("SLURM_GPUS_ON_NODE") or os.environ.get("SLURM_GPUS_PER_NODE") or ""
+    # SLURM_GPUS_PER_NODE is what was asked for: 8, h100:8 or a100:4,v100:4.
+    numbers = [part.rpartition(":")[2] for part in text.split(",")]
+    return sum(int(number) for number in numbers if number.isdigit())
 
 
 def check_nodes(engine: Engine, folder: Path) -> list[str]:

@@ -57,6 +57,7 @@ class MegatronEngine(Engine):
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
             virtual_pipeline_model_parallel_size=self.layout.virtual_pipeline if self._interleaved else None,
+            distributed_timeout_minutes=self.config.distributed.timeout,
         )
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.data_parallel_rank = parallel_state.get_data_parallel_rank()
