@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rewarm.config.offload import OffloadConfig
-from rewarm.engine.deepspeed.update import OffloadedStep
+from rewarm.engine.deepspeed.update import KernelAdamW, OffloadedStep
 from rewarm.engine.portable import MOMENTS, WEIGHT
 
 
@@ -83,7 +83,7 @@ class Partitions(ABC):
     def steps(self) -> int:
         """Updates that the moments stand for."""
         for flat in self._flats:
-            step = self.inner.state.get(flat, {}).get("step")
+            step = self._updater(flat).state.get(flat, {}).get("step")
             if step is not None:
                 return int(step)
         return 0
@@ -94,20 +94,34 @@ class Partitions(ABC):
             return
         for flat in self._flats:
             state = self.inner.state[flat] if isinstance(self.inner, OffloadedStep) else self._state(flat)
-            state["step"] = steps if self._counts_in_integers else torch.tensor(float(steps))
+            state["step"] = self._count(flat, steps)
 
-    @property
-    def _counts_in_integers(self) -> bool:
-        """DeepSpeed's CPU Adam counts in Python, torch in a tensor."""
-        return not isinstance(self.inner, torch.optim.AdamW)
+    def _updater(self, flat: Tensor) -> torch.optim.Optimizer:
+        """The optimizer that updates a flat tensor and holds its state."""
+        updater: torch.optim.Optimizer = self.inner
+        return updater
+
+    def _count(self, flat: Tensor, steps: int) -> Any:
+        """A number of updates as the optimizer of a flat tensor keeps it, and where it reads it.
+
+        DeepSpeed's CPU Adam counts in Python, torch's in a tensor: the fused and the capturable one on the device of
+        the parameter, the others on the host, where our kernels read it too.
+        """
+        updater = self._updater(flat)
+        if not isinstance(updater, torch.optim.AdamW):
+            return steps
+        on_device = bool(updater.defaults.get("fused") or updater.defaults.get("capturable"))
+        if isinstance(updater, KernelAdamW):
+            on_device = on_device and not updater.uses_kernels(flat)
+        return torch.tensor(float(steps), dtype=torch.float32, device=flat.device if on_device else "cpu")
 
     def _state(self, flat: Tensor) -> dict[str, Any]:
-        state = self.inner.state[flat]
+        state = self._updater(flat).state[flat]
         for key in MOMENTS:
             if key not in state:
                 state[key] = torch.zeros_like(flat)
         if "step" not in state:
-            state["step"] = 0 if self._counts_in_integers else torch.tensor(0.0)
+            state["step"] = self._count(flat, 0)
         return state
 
     def _lend(
@@ -217,6 +231,11 @@ class Sharded(Partitions):
     @property
     def _flats(self) -> list[Tensor]:
         return list(self.wrapper.fp32_partitioned_groups_flat)
+
+    def _updater(self, flat: Tensor) -> torch.optim.Optimizer:
+        """What TwinFlow leaves on the device has an optimizer of its own."""
+        beside = getattr(self.wrapper, "backup_optimizer", None)
+        return super()._updater(flat) if beside is None or flat.device.type == "cpu" else beside
 
     def _take_over(self) -> None:
         """See :meth:`Partitions._take_over`."""

@@ -19,11 +19,15 @@ class KernelAdamW(torch.optim.AdamW):
     """torch's AdamW with the arithmetic of :mod:`rewarm.offload.adamw`, so that a run has the same bits with its
     state offloaded and without; on a GPU without the compiled kernel it is torch's."""
 
+    def uses_kernels(self, parameter: Tensor) -> bool:
+        """True if a parameter's update is ours, which reads ``step`` on the host; torch's reads it on the device."""
+        return adamw.runs_on(parameter.device)
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         """Update every parameter that has a gradient."""
         owned = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not all(adamw.runs_on(parameter.device) for _, parameter in owned):
+        if not all(self.uses_kernels(parameter) for _, parameter in owned):
             super().step()
             return
         for group, parameter in owned:
