@@ -100,10 +100,63 @@ def test_a_missing_library_warns_once(monkeypatch: pytest.MonkeyPatch, tmp_path:
         native.load.cache_clear()
 
 
+def fake_nvcc(home: Path, listed: str, refused: str = "") -> dict[str, str]:
+    """The environment of a build with an nvcc that lists some architectures and refuses some; it compiles nothing."""
+    script = home / "bin" / "nvcc"
+    script.parent.mkdir(parents=True)
+    answer = f"echo {listed}" if listed else "false"
+    script.write_text(
+        f"""#!/bin/sh
+if [ "$1" = --list-gpu-arch ]; then {answer}; exit; fi
+for bad in {refused}; do case "$*" in *compute_$bad,*)
+    echo "nvcc fatal   : Unsupported gpu architecture 'compute_$bad'" >&2; exit 1;; esac; done
+while [ $# -gt 1 ]; do [ "$1" = -o ] && output=$2; case $1 in -gencode*) all="$all $1";; esac; shift; done
+echo $all > "$output"
+"""
+    )
+    script.chmod(0o755)
+    return {"CUDA_HOME": str(home), "CXX": "true"}
+
+
+@pytest.mark.parametrize(
+    ("listed", "refused", "wanted", "built_for", "said"),
+    [
+        ("compute_80 compute_90 compute_100", "", "", "80 90a 100", None),
+        ("compute_80 compute_90", "100", "", "80 90a", "100"),  # CUDA 12.0 to 12.6
+        ("compute_80 compute_90", "90a 100", "", "80", "90a"),  # a list that is longer than what works
+        ("", "100", "", "80 90a", "100"),  # no list
+        ("compute_80 compute_90", "100 120", "100;120", "90", "100, 120"),
+        ("compute_75 compute_80 compute_90", "", "8.0 sm_90a", "80 90a", None),
+    ],
+)
+def test_an_unknown_gpu_architecture_leaves_only_itself_out(
+    tmp_path: Path, listed: str, refused: str, wanted: str, built_for: str, said: str | None
+) -> None:
+    result = build(tmp_path, **fake_nvcc(tmp_path / "cuda", listed, refused), REWARM_CUDA_ARCHS=wanted)
+    assert result.returncode == 0, result.stderr
+    targets = (tmp_path / "rewarm" / "_native" / "librewarm_cuda.so").read_text().split()
+    ptx = built_for.split()[0].rstrip("a")
+    names = [*(f"compute_{name},code=sm_{name}" for name in built_for.split()), f"compute_{ptx},code=compute_{ptx}"]
+    assert targets == [f"-gencode=arch={name}" for name in names]
+    lines = [line for line in result.stderr.splitlines() if "does not know GPU architecture" in line]
+    assert bool(lines) == (said is not None)
+    assert said is None or any(f"architecture {said}: left out" in line for line in lines)
+
+
+def test_a_wrong_architecture_is_an_error(tmp_path: Path) -> None:
+    nvcc = fake_nvcc(tmp_path / "cuda", "compute_80")
+    result = build(tmp_path, **nvcc, REWARM_CUDA_ARCHS="80;hopper")
+    assert result.returncode != 0
+    assert "REWARM_CUDA_ARCHS=80;hopper: 'hopper' is no architecture" in result.stderr
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 @pytest.mark.parametrize("architecture", ["80", "90a", "100"])
 def test_cuda_sources_compile(architecture: str, tmp_path: Path) -> None:
     assert CUDA_SOURCES
+    listed = subprocess.run(["nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    if f"compute_{architecture.rstrip('a')}" not in listed:
+        pytest.skip("this nvcc does not know it")
     for source in CUDA_SOURCES:
         output = tmp_path / f"{source.stem}.o"
         command = ["nvcc", "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-Werror", "all-warnings"]

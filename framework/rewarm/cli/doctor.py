@@ -54,7 +54,7 @@ def doctor() -> None:
 
         rewarm doctor
 
-        srun --nodes 2 --ntasks-per-node 1 rewarm doctor
+        srun --kill-on-bad-exit=1 --nodes=2 --ntasks-per-node=1 rewarm doctor
     """
     from rich.console import Console
     from rich.table import Table

@@ -36,7 +36,8 @@ def join(timeout_minutes: float) -> None:
         _join(dist.HashStore(), 0, 1, limit)
         return
     try:
-        _join(*next(dist.rendezvous("env://", timeout=limit)), limit)
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
+        _join(store, rank, world_size, limit)
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         meeting = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise UserError(

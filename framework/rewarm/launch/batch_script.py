@@ -131,7 +131,7 @@ def _commands(request: JobRequest, places: Places) -> list[str]:
     )
     return [
         f"container=({inside})",
-        'python=(srun --nodes=1 --ntasks=1 --overlap "${container[@]}" python3)',
+        f'python=({srun} --nodes=1 --ntasks=1 --overlap "${{container[@]}}" python3)',
         f'launch=({srun} "${{container[@]}}")',
     ]
 

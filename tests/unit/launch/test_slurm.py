@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -89,3 +90,28 @@ def test_the_batch_script_is_valid_shell_and_holds_what_was_asked(tmp_path: Path
         assert train[0] == "/venv/bin/python"
     else:
         assert any(container in word for word in shown[: shown.index("--")]) and train[0] == "python3"
+
+
+def test_every_srun_ends_all_tasks_when_one_ends_badly() -> None:
+    """Else the others wait in a collective until its time limit; SLURM's default leaves that to the site."""
+    root = Path(__file__).parents[3]
+    places = [root / "README.md", *(root / "docs" / "guide").glob("*.md"), *(root / "launch").rglob("*")]
+    places += [*(root / "framework" / "rewarm" / "cli").rglob("*.py"), root / "framework" / "rewarm/launch/job.sh"]
+    call = re.compile(r"(?:^|[\s(`=])srun(?= +(?:-|\"\$|rewarm|python))(.*)")
+    calls = [
+        (path.name, found[0])
+        for path in places
+        if path.is_file()
+        for line in path.read_text().splitlines()
+        if not line.lstrip().startswith("#") and (found := call.search(line))
+    ]
+    assert len(calls) > 5
+    assert [each for each in calls if "--kill-on-bad-exit=1" not in each[1]] == []
+
+
+@pytest.mark.parametrize("container", [None, "image.sif", "registry#image:1"])
+def test_every_srun_of_a_written_script_does_too(container: str | None) -> None:
+    request = JobRequest(nodes=2, ranks_per_node=8, gpus_per_node=8, time="1:00:00", container=container)
+    places = Places(Path("/r/run"), Path("/r/run/slurm/1"), Path("/w"), Path("/usr/bin/python3"))
+    script = batch_script(request, places)
+    assert script.count("srun") == script.count("srun --kill-on-bad-exit=1") > 0
