@@ -1,8 +1,7 @@
 """``config.json`` of Llama, Mistral, Qwen2 and Qwen3 to :class:`Architecture` and back, without transformers.
 
-Every key is sorted into one of four kinds: those that shape the model and are honoured, those that name a feature
-which nothing here computes (refused unless switched off), those that do not change the model's function (kept for
-the export), and unknown ones, which are refused: a key nobody looked at may change the function.
+Keys that shape the model are honoured; those by which it computes something that nothing here does are refused, all
+at once, unless they are switched off (:mod:`rewarm.model.config_keys`); all others are kept for the export.
 """
 
 from __future__ import annotations
@@ -14,6 +13,8 @@ from typing import Any, get_args
 
 from rewarm.errors import UserError
 from rewarm.model.architecture import Architecture, Family, check_family
+from rewarm.model.config_keys import causal_language_models, unsupported
+from rewarm.model.config_values import Values, shown
 from rewarm.model.rope import SCALING_KEYS
 
 ARCHITECTURES: dict[str, str] = {
@@ -24,53 +25,8 @@ ARCHITECTURES: dict[str, str] = {
 }
 """transformers' class of each family."""
 
-
-def _words(text: str) -> list[str]:
-    return text.split()
-
-
-_HONOURED = frozenset(
-    _words(
-        "model_type architectures vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-        "num_key_value_heads head_dim hidden_act max_position_embeddings initializer_range rms_norm_eps "
-        "tie_word_embeddings rope_theta rope_scaling rope_parameters sliding_window use_sliding_window "
-        "max_window_layers layer_types"
-    )
-)
-
-_OFF = (None, False, 0, 0.0)
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(
-        _words(
-            "attention_bias mlp_bias use_bias attention_dropout hidden_dropout resid_pdrop embd_pdrop "
-            "quantization_config compression_config attn_logit_softcapping final_logit_softcapping "
-            "attention_chunk_size num_experts num_local_experts num_experts_per_tok moe_intermediate_size "
-            "num_nextn_predict_layers no_rope_layers rope_interleaved use_qk_norm qk_layernorm is_encoder_decoder "
-            "add_cross_attention cross_attention_hidden_size tie_encoder_decoder auto_map adapter_config"
-        ),
-        _OFF,
-    ),
-    "partial_rotary_factor": (None, 1),
-    "logit_scale": (None, 1),
-    "pruned_heads": (None, {}),
-}
-"""Features that nothing here computes, with the values that switch each off."""
-
-_HARMLESS = frozenset(
-    _words(
-        "transformers_version torch_dtype dtype _name_or_path name_or_path use_cache bos_token_id eos_token_id "
-        "pad_token_id sep_token_id decoder_start_token_id pretraining_tp return_dict output_attentions "
-        "output_hidden_states id2label label2id num_labels problem_type tokenizer_class prefix finetuning_task "
-        "task_specific_params torchscript use_bfloat16 tf_legacy_loss chunk_size_feed_forward is_decoder "
-        "_attn_implementation attn_implementation _attn_implementation_autoset _commit_hash max_length min_length "
-        "do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p "
-        "repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids "
-        "num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id "
-        "remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens "
-        "is_llama_config keys_to_ignore_at_inference license"
-    )
-)
-_HARMLESS_PREFIXES = ("unsloth_", "transformers.js")
+POSITIONS: dict[Family, int] = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
+"""What transformers takes for max_position_embeddings where it is not given."""
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -108,10 +64,12 @@ def architecture_from_huggingface(folder: str | Path) -> Architecture:
 
 def architecture_from_values(values: Mapping[str, Any], source: str) -> Architecture:
     """As :func:`architecture_from_huggingface`, from parsed values; ``source`` names them in messages."""
-    config = _Values(values, source)
+    config = Values(values, source)
     family = _family(config)
     _check_keys(config, family)
     _check_windows(config, family)
+    theta, scaling = _rope(config, family)
+    config.check(family)
     heads, hidden = config.count("num_attention_heads"), config.count("hidden_size")
     if family == "qwen3" and config.get("head_dim") is None:
         raise config.refusal("head_dim", "is missing", "write the width of one head into config.json")
@@ -125,7 +83,6 @@ def architecture_from_values(values: Mapping[str, Any], source: str) -> Architec
     head_dim = config.count("head_dim", default=hidden // heads)
     if head_dim % 2:
         raise config.refusal("head_dim", f"= {head_dim} is odd", "rotary positions need an even width")
-    theta, scaling = _rope(config)
     return Architecture(
         family=family,
         num_layers=config.count("num_hidden_layers"),
@@ -135,7 +92,7 @@ def architecture_from_values(values: Mapping[str, Any], source: str) -> Architec
         num_key_value_heads=groups,
         head_dim=head_dim,
         vocab_size=config.count("vocab_size"),
-        max_position_embeddings=config.count("max_position_embeddings"),
+        max_position_embeddings=_positions(config, family),
         rope_theta=theta,
         norm_epsilon=config.number("rms_norm_eps", default=1e-6),
         tie_embeddings=config.flag("tie_word_embeddings"),
@@ -195,142 +152,114 @@ def config_for_huggingface(
     return config | dict(extra or {})
 
 
-class _Values:
-    """Typed access to config.json with messages that name the key and the value."""
-
-    def __init__(self, values: Mapping[str, Any], source: str) -> None:
-        self.values, self.source = values, source
-
-    def get(self, key: str) -> Any:
-        return self.values.get(key)
-
-    def refusal(self, key: str, what: str, fix: str | None = None) -> UserError:
-        return UserError(f"{self.source}: {key} {what}", fix=fix)
-
-    def unsupported(self, key: str, fix: str | None = None) -> UserError:
-        usual = "it changes what the model computes and nothing here computes it; continue a model without it"
-        return self.refusal(key, f"= {_shown(self.get(key))} is not supported", fix or usual)
-
-    def count(self, key: str, default: int | None = None, minimum: int = 1) -> int:
-        value = self.get(key)
-        if value is None:
-            if default is None:
-                raise self.refusal(key, "is missing", "download the folder again")
-            return default
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise self.refusal(key, f"= {_shown(value)} is not a whole number of at least {minimum}")
-        return value
-
-    def number(self, key: str, default: float) -> float:
-        value = self.get(key)
-        if value is None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-            raise self.refusal(key, f"= {_shown(value)} is not a positive number")
-        return float(value)
-
-    def flag(self, key: str) -> bool:
-        value = self.get(key)
-        if value not in (None, True, False) or type(value) is int:
-            raise self.refusal(key, f"= {_shown(value)} is not true or false")
-        return bool(value)
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _family(config: _Values) -> Family:
+def _family(config: Values) -> Family:
     family = config.get("model_type")
-    known = get_args(Family)
-    if family not in known:
-        raise config.refusal("model_type", f"= {_shown(family)} is not supported", f"known: {', '.join(known)}")
+    if family not in get_args(Family):
+        raise config.refusal("model_type", f"= {shown(family)} is not supported", _advice(family, config))
     classes = config.get("architectures")
-    if classes is not None and classes != [ARCHITECTURES[family]]:
+    expected = ARCHITECTURES[family]
+    # The first folders of Llama call it LLaMAForCausalLM.
+    if classes is not None and [str(name).lower() for name in classes] != [expected.lower()]:
         raise config.refusal(
             "architectures",
-            f"= {_shown(classes)} is not supported with model_type={family}",
-            f"only the causal language model {ARCHITECTURES[family]} can be continued",
+            f"= {shown(classes)} is not supported with model_type={family}",
+            f"only the causal language model {expected} can be continued",
         )
-    if config.get("hidden_act") not in (None, "silu", "swish"):
-        raise config.unsupported("hidden_act", "only silu (SwiGLU) is computed here; continue a model that uses it")
     return family
 
 
-def _check_keys(config: _Values, family: Family) -> None:
+def _advice(model_type: Any, config: Values) -> str:
+    """What to do with a family that is not mapped."""
+    mapped = f"engine=megatron knows {', '.join(get_args(Family))}"
+    if model_type in causal_language_models():
+        return f"set engine=deepspeed, which runs it; {mapped}"
+    if config.get("auto_map"):
+        return f"set engine=deepspeed, which runs its own code with deepspeed.trust_remote_code=true; {mapped}"
+    return f"the installed transformers has no causal language model of this type; {mapped}"
+
+
+def _check_keys(config: Values, family: Family) -> None:
+    if config.get("hidden_act") not in (None, "silu", "swish"):
+        config.unsupported("hidden_act", "only silu, as SwiGLU, is computed here")
     for key, value in config.values.items():
-        if key in _HONOURED or key in _HARMLESS or key.startswith(_HARMLESS_PREFIXES):
-            continue
-        if key not in _UNSUPPORTED:
-            raise config.refusal(
-                key,
-                f"= {_shown(value)} is not a key known for {family} models, and it may change what the model computes",
-                "if it does not, remove it from config.json",
-            )
-        if value not in _UNSUPPORTED[key]:
-            raise config.unsupported(key)
+        feature = unsupported(key, value, family)
+        if feature is not None:
+            config.unsupported(key, f"{feature.what}: not computed here")
 
 
-def _check_windows(config: _Values, family: Family) -> None:
-    """Refuse attention that does not reach back over the whole sequence."""
+def _check_windows(config: Values, family: Family) -> None:
+    """Find attention that does not reach back over the whole sequence."""
     layer_types = config.get("layer_types")
     if layer_types is not None and (not isinstance(layer_types, list) or set(layer_types) - {"full_attention"}):
-        raise config.unsupported("layer_types", "only full_attention is computed here; continue a model that uses it")
+        config.unsupported("layer_types", "only full_attention is computed here")
     window = config.get("sliding_window")
     if family in ("qwen2", "qwen3"):
-        if not config.flag("use_sliding_window"):
+        # transformers looks at the layers' types where they are given, else at how many layers come before the window.
+        if layer_types or not config.flag("use_sliding_window"):
             return
         window = config.count("sliding_window", default=4096) if "sliding_window" not in config.values else window
         if config.count("max_window_layers", default=28, minimum=0) >= config.count("num_hidden_layers"):
             return
     elif family == "mistral" and "sliding_window" not in config.values:
         window = 4096  # what transformers takes for a missing key
-    longest = config.count("max_position_embeddings")
-    if window is None or window >= longest:
+    longest = _positions(config, family)
+    if window is None or window is False:
         return
-    raise config.refusal(
+    if isinstance(window, bool) or not isinstance(window, int) or window < 0:
+        raise config.refusal("sliding_window", f"= {shown(window)} is not a whole number")
+    if window >= longest:
+        return
+    config.unsupported(
         "sliding_window",
-        f"= {window} is not supported below max_position_embeddings = {longest}",
-        f"continue a model with full attention; or, if no sequence will ever exceed {window} tokens, where the window "
-        f'changes nothing, set "sliding_window": null and "max_position_embeddings": {window} in config.json',
+        f"attention over less than max_position_embeddings = {longest}; if no sequence will ever exceed {window} "
+        f'tokens, where the window changes nothing, set "sliding_window": null and "max_position_embeddings": {window} '
+        "in config.json",
+        window,
     )
 
 
-def _rope(config: _Values) -> tuple[float, dict[str, Any] | None]:
+def _positions(config: Values, family: Family) -> int:
+    return config.count("max_position_embeddings", default=POSITIONS[family])
+
+
+def _rope(config: Values, family: Family) -> tuple[float, dict[str, Any] | None]:
     """Base of the rotary frequencies and their scaling, from the spelling of version 4, of version 5 or of both."""
     old, new = config.get("rope_scaling"), config.get("rope_parameters")
-    for key, value in (("rope_scaling", old), ("rope_parameters", new)):
-        if value is not None and not isinstance(value, dict):
-            raise config.refusal(key, f"= {_shown(value)} is not an object")
-        if any(isinstance(inner, dict) for inner in (value or {}).values()):
-            raise config.unsupported(key, "only one rotary setting for all layers is computed here")
-    thetas = {float(v) for v in (config.get("rope_theta"), *((d or {}).get("rope_theta") for d in (old, new))) if v}
+    given = {key: value for key, value in (("rope_scaling", old), ("rope_parameters", new)) if value}
+    for key, value in given.items():
+        if not isinstance(value, dict):
+            raise config.refusal(key, f"= {shown(value)} is not an object")
+        if any(isinstance(inner, dict) for inner in value.values()):
+            config.unsupported(key, "only one rotary setting for all layers is computed here")
+            return 10000.0, None
+    places = [config.values, *given.values()]
+    thetas = {Values(place, config.source).number("rope_theta", default=0.0) for place in places} - {0.0}
     if len(thetas) > 1:
         raise config.refusal("rope_theta", f"has contradicting values {sorted(thetas)}", "leave one of them")
-    scalings = [_scaling(config, key) for key, value in (("rope_scaling", old), ("rope_parameters", new)) if value]
+    scalings = [_scaling(config, key, family) for key in given]
     if len(scalings) == 2 and scalings[0] != scalings[1]:
-        raise config.refusal("rope_scaling", f"= {_shown(old)} contradicts rope_parameters = {_shown(new)}")
+        raise config.refusal("rope_scaling", f"= {shown(old)} contradicts rope_parameters = {shown(new)}")
     return (thetas.pop() if thetas else 10000.0), (scalings[0] if scalings else None)
 
 
-def _scaling(config: _Values, key: str) -> dict[str, Any] | None:
-    values = dict(config.get(key))
-    values.pop("rope_theta", None)
+def _scaling(config: Values, key: str, family: Family) -> dict[str, Any] | None:
+    """The kind of scaling with the numbers that it takes; transformers passes over others."""
+    values = {name: value for name, value in config.get(key).items() if name != "rope_theta"}
     kinds = {values.pop(name) for name in ("rope_type", "type") if values.get(name) is not None} or {"default"}
     kind = kinds.pop()
     if kinds or (kind != "default" and kind not in SCALING_KEYS):
-        known = ", ".join(["default", *SCALING_KEYS])
-        raise config.unsupported(key, f"rope types computed here: {known}; continue a model with one of them")
-    if values.pop("partial_rotary_factor", 1) not in (1, None):
-        raise config.unsupported(key, "partial_rotary_factor other than 1 is not computed here")
+        config.unsupported(key, f"rope types computed here: {', '.join(['default', *SCALING_KEYS])}")
+        return None
+    for name, value in values.items():
+        feature = unsupported(name, value, family)
+        if feature is not None:
+            config.unsupported(key, f"{name}: {feature.what}, not computed here")
     needed = SCALING_KEYS.get(kind, ())
-    if set(values) != set(needed):
-        names = ", ".join(needed) or "no further keys"
-        raise config.refusal(key, f"= {_shown(config.get(key))}: rope_type {kind} takes {names}")
+    if not set(needed) <= set(values):
+        raise config.refusal(key, f"= {shown(config.get(key))}: rope_type {kind} takes {', '.join(needed)}")
     for name in needed:
         if isinstance(values[name], bool) or not isinstance(values[name], int | float) or values[name] <= 0:
-            raise config.refusal(key, f"= {_shown(config.get(key))}: {name} must be a positive number")
+            raise config.refusal(key, f"= {shown(config.get(key))}: {name} must be a positive number")
     if kind == "llama3" and values["high_freq_factor"] <= values["low_freq_factor"]:
-        raise config.refusal(key, f"= {_shown(config.get(key))}: high_freq_factor must exceed low_freq_factor")
-    return {"rope_type": kind, **values} if kind != "default" else None
+        raise config.refusal(key, f"= {shown(config.get(key))}: high_freq_factor must exceed low_freq_factor")
+    return {"rope_type": kind, **{name: values[name] for name in needed}} if kind != "default" else None
