@@ -203,13 +203,14 @@ def _run(path: Path, overrides: list[str] | None) -> RunConfig:
 
 
 def _settings(settings: list[str] | None) -> OffloadConfig:
-    import yaml
     from pydantic import ValidationError
 
     from rewarm.config.offload import OffloadConfig
+    from rewarm.config.yaml_text import parse_yaml
     from rewarm.errors import UserError, nearest
 
     values: dict[str, Any] = {"mode": "auto"}
+    given: set[str] = set()
     for setting in settings or []:
         key, separator, text = setting.partition("=")
         if not separator:
@@ -218,7 +219,13 @@ def _settings(settings: list[str] | None) -> OffloadConfig:
             guess = nearest(key, list(OffloadConfig.model_fields))
             hint = f"did you mean {guess}?" if guess else f"known: {', '.join(OffloadConfig.model_fields)}"
             raise UserError(f"unknown setting offload.{key}; {hint}")
-        values[key] = yaml.safe_load(text)
+        if key in given:
+            raise UserError(f"--set {key} is given twice", fix="give each setting once")
+        given.add(key)
+        try:
+            values[key] = parse_yaml(text)
+        except ValueError as error:
+            raise UserError(f"--set {setting!r}: the value is not valid YAML: {error}") from error
     try:
         return OffloadConfig(**values)
     except ValidationError as error:

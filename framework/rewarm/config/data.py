@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from rewarm.config.mixture import MixtureConfig, ReplayConfig
+from rewarm.config.paths import PathText
 from rewarm.config.section import Section
 
 __all__ = ["DomainConfig", "MixtureConfig", "ReplayConfig"]
@@ -13,10 +14,10 @@ __all__ = ["DomainConfig", "MixtureConfig", "ReplayConfig"]
 class DomainConfig(Section):
     """One named token source. A plain string in YAML is its path."""
 
-    path: str
+    path: PathText
     """Folder made by ``rewarm data build`` (train.bin/.idx, held_out.bin/.idx), or the prefix of an existing
     Megatron .bin/.idx pair."""
-    held_out: str | None = None
+    held_out: PathText | None = None
     """Prefix of a .bin/.idx pair to evaluate on; null means the folder's own held-out split, or, for a bare
     pair, its last documents (see held_out_fraction)."""
     held_out_fraction: float = Field(default=0.01, gt=0, lt=1)

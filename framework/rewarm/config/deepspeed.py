@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from rewarm.config.section import Section
+from rewarm.config.paths import PathText
+from rewarm.config.section import Section, ignored
 
 if TYPE_CHECKING:
     from rewarm.config.run import RunConfig
@@ -28,7 +29,7 @@ class DeepSpeedConfig(Section):
     offload_ratio: float = Field(1.0, gt=0, le=1)
     """Share of the optimizer's sub-groups that offload_optimizer=cpu moves; the rest is updated on the device
     (TwinFlow). Below 1 it needs stage 3, and a C++ compiler for DeepSpeed's CPU Adam."""
-    nvme_path: str | None = None
+    nvme_path: PathText | None = None
     """Folder on a fast local disk for what is offloaded to nvme."""
     sub_group_size: int = Field(100_000_000, gt=0)
     """Stage 3: parameters that are updated, and moved to and from offload, at a time."""
@@ -41,12 +42,12 @@ class DeepSpeedConfig(Section):
     trust_remote_code: bool = False
     """Run the Python files that the model's folder brings; without it such a model is refused. Those of a tokenizer
     are never run."""
-    json_file: str | None = None
+    json_file: PathText | None = None
     """A DeepSpeed JSON file to merge in, for keys that no setting here stands for. A key that contradicts the
     generated configuration is an error."""
-    extensions_folder: str | None = None
+    extensions_folder: PathText | None = None
     """Where DeepSpeed's compiled extensions are kept; null means ~/.cache/rewarm/deepspeed."""
-    build_timeout: float = Field(15.0, gt=0)
+    build_timeout: float = Field(15.0, gt=0, le=525_600)
     """Minutes that compiling one extension may take."""
 
     @property
@@ -78,14 +79,25 @@ class DeepSpeedConfig(Section):
         if self.needs_async_io and self.nvme_path is None:
             raise ValueError("offload to nvme needs deepspeed.nvme_path, a folder on a fast local disk")
         if self.nvme_path is not None and not self.needs_async_io:
-            raise ValueError(
-                f"deepspeed.nvme_path={self.nvme_path} is ignored: nothing is offloaded to nvme; remove it, or set "
-                "deepspeed.offload_optimizer or deepspeed.offload_parameters to nvme"
+            why = f"deepspeed.offload_optimizer={self.offload_optimizer} and deepspeed.offload_parameters="
+            raise ignored(
+                "deepspeed.nvme_path", f"{why}{self.offload_parameters}, neither of them nvme", self.nvme_path
             )
-        for name in ("sub_group_size", "persistence_threshold"):
-            if stage != 3 and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"deepspeed.{name}={getattr(self, name)} is ignored by deepspeed.zero_stage={stage}")
+        self._check_ignored()
         return self
+
+    def _check_ignored(self) -> None:
+        stage = self.zero_stage
+        unused = dict.fromkeys(("sub_group_size", "persistence_threshold"), stage != 3) | {"bucket_size": stage == 0}
+        for name, is_unused in unused.items():
+            if is_unused and getattr(self, name) != type(self).model_fields[name].default:
+                raise ignored(f"deepspeed.{name}", f"deepspeed.zero_stage={stage}", getattr(self, name))
+        for name in ("extensions_folder", "build_timeout"):
+            if getattr(self, name) != type(self).model_fields[name].default and not (
+                self.needs_cpu_adam or self.needs_async_io
+            ):
+                why = "deepspeed.offload_ratio=1 without offload to nvme, which needs no compiled extension"
+                raise ignored(f"deepspeed.{name}", why, getattr(self, name))
 
 
 def check_engine(config: RunConfig) -> None:
@@ -98,10 +110,7 @@ def check_engine(config: RunConfig) -> None:
     section = getattr(config, other)
     for name, field in type(section).model_fields.items():
         if getattr(section, name) != field.default:
-            raise ValueError(
-                f"{other}.{name}={getattr(section, name)} is ignored by engine={config.engine}: "
-                f"remove it, or set engine={other}"
-            )
+            raise ignored(f"{other}.{name}", f"engine={config.engine}", getattr(section, name))
     if config.engine == "deepspeed":
         _check_deepspeed(config)
         _check_context(config)

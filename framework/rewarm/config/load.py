@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import re
-import types
-import typing
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
+from rewarm.config.problems import explain, is_named, odd_values, short
 from rewarm.config.run import RunConfig
-from rewarm.errors import UserError, nearest
+from rewarm.config.yaml_text import DuplicateKey, dump_yaml, parse_yaml, read_mapping
+from rewarm.errors import UserError
 
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 3e-4 as text; numbers are written that way everywhere in this field."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$|^[-+]?[0-9][0-9_]*\.[0-9_]*$|^[-+]?\.(?:inf|nan)$"),
-    list("-+0123456789."),
-)
+_MOST_ODD_VALUES = 20
+"""Values that no setting can have, of those that a message lists."""
+_LONGEST_LINE = 1000
+"""Characters of one problem in a message."""
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -37,48 +30,66 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     Raises:
         UserError: if the file cannot be read, a key is unknown (naming the nearest known one) or a value is refused.
     """
-    try:
-        text = Path(path).read_text()
-    except OSError as error:
-        raise UserError(f"cannot read the configuration {path}: {error.strerror}", fix="check the path") from error
-    try:
-        values = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}", fix="mend the file at that place") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds {type(values).__name__}, not a mapping of settings")
-    for override in overrides:
-        apply_override(values, override)
+    values = read_mapping(path)
+    apply_overrides(values, overrides)
     return build(values, source=str(path))
 
 
+def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> None:
+    """Apply several ``a.b.c=value``, in place and in order.
+
+    Raises:
+        UserError: if one is malformed, or undoes what another one says.
+    """
+    given: dict[str, str] = {}
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        for other, text in given.items():
+            if text != override and (other + ".").startswith(key + "."):
+                raise UserError(f"override {override!r} undoes {text!r}", fix="give each setting once")
+        given[key] = override
+        apply_override(values, override)
+
+
 def apply_override(values: dict[str, Any], override: str) -> None:
-    """Set ``a.b.c=value`` in a nested mapping, in place."""
+    """Set ``a.b.c=value`` in a nested mapping, in place. Null takes an entry out of a mapping of names.
+
+    Raises:
+        UserError: if it is malformed, or leads through a value that has no settings inside.
+    """
     key, separator, text = override.partition("=")
-    parts = key.strip().split(".")
+    parts = [part.strip() for part in key.split(".")]
     if not separator or not all(parts):
         raise UserError(
-            f"override {override!r} is not of the form a.b.c=value", fix="write for example schedule.peak=1e-4"
+            f"override {short(override)} is not of the form a.b.c=value", fix="write for example schedule.peak=1e-4"
         )
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        problem = str(error).splitlines()[0]
-        raise UserError(
-            f"override {override!r}: the value is not valid YAML ({problem})",
-            fix="quote it for the shell when it has spaces or brackets: 'duration=200 steps'",
-        ) from error
+    value = _override_value(override, text)
     place = values
-    for part in parts[:-1]:
+    for depth, part in enumerate(parts[:-1]):
         inner = place.get(part)
         if inner is None:
             inner = place[part] = {}
-        elif isinstance(inner, str) and place is values.get("data"):
+        elif isinstance(inner, str) and parts[:depth] == ["data"]:
             inner = place[part] = {"path": inner}
         if not isinstance(inner, dict):
-            raise UserError(f"override {override!r}: {part} holds {inner!r}, which has no settings inside")
+            raise UserError(f"override {override!r}: {part} holds {short(inner)}, which has no settings inside")
         place = inner
-    place[parts[-1]] = value
+    if value is None and is_named(parts[:-1]):
+        place.pop(parts[-1], None)
+    else:
+        place[parts[-1]] = value
+
+
+def _override_value(override: str, text: str) -> Any:
+    try:
+        return parse_yaml(text)
+    except DuplicateKey as error:
+        raise UserError(f"override {override!r}: {error}", fix="remove one of the two") from error
+    except ValueError as error:
+        raise UserError(
+            f"override {short(override)}: the value is not valid YAML ({error})",
+            fix="quote it for the shell when it has spaces or brackets: 'duration=200 steps'",
+        ) from error
 
 
 def build(values: Mapping[str, Any], *, source: str = "configuration") -> RunConfig:
@@ -87,56 +98,23 @@ def build(values: Mapping[str, Any], *, source: str = "configuration") -> RunCon
     Raises:
         UserError: one message that lists every problem.
     """
+    lines = list(islice(odd_values(values), _MOST_ODD_VALUES))
     try:
-        return RunConfig.model_validate(dict(values))
+        if not lines:
+            return RunConfig.model_validate(dict(values))
     except ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors()]
-        message = "\n  ".join(["", *lines]) if len(lines) > 1 else lines[0]
-        raise UserError(f"{source}: {message}", fix="rewarm config reference explains every setting") from error
+        lines = explain(error)
+    lines = [_printable(line) for line in lines]
+    message = "\n  ".join(["", *lines]) if len(lines) > 1 else lines[0]
+    raise UserError(f"{source}: {message}", fix="rewarm config reference explains every setting")
 
 
-def _explain(problem: Mapping[str, Any]) -> str:
-    location = [str(part) for part in problem["loc"]]
-    where = ".".join(location)
-    if problem["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
-        guess = nearest(location[-1], known)
-        hint = f"did you mean {'.'.join([*location[:-1], guess])}?" if guess else f"known here: {', '.join(known)}"
-        return f"unknown setting {where}; {hint}"
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "missing":
-        return f"{where} is required"
-    if not where:
-        return message
-    shown = "" if isinstance(problem["input"], dict | list) else f" (given: {problem['input']!r})"
-    return f"{where}: {message}{shown}"
-
-
-def _known_keys(location: list[str]) -> list[str]:
-    """Field names of the section at a path of keys; dictionary levels are passed through."""
-    section: Any = RunConfig
-    for part in location:
-        section = section.model_fields[part].annotation if _is_section(section) else _inner(section)
-        section = _strip(section)
-    return sorted(section.model_fields) if _is_section(section) else []
-
-
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
-
-
-def _inner(annotation: Any) -> Any:
-    arguments = typing.get_args(annotation)
-    return arguments[-1] if arguments else annotation
-
-
-def _strip(annotation: Any) -> Any:
-    """The section inside an optional annotation."""
-    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
-        return next((a for a in typing.get_args(annotation) if a is not type(None)), annotation)
-    return annotation
+def _printable(line: str) -> str:
+    """A problem as a terminal can show it: whole characters, and not a page of them."""
+    line = line.encode("utf-8", "backslashreplace").decode()
+    return line if len(line) <= _LONGEST_LINE else f"{line[: _LONGEST_LINE // 2]} … {line[-_LONGEST_LINE // 2 :]}"
 
 
 def dump(config: RunConfig) -> str:
     """The resolved configuration as YAML, with every default filled in."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return dump_yaml(config.model_dump(mode="json"))

@@ -7,7 +7,8 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rewarm.config.section import Duration, Section
+from rewarm.config.paths import PathText
+from rewarm.config.section import Duration, Section, ignored
 
 
 class TemperatureConfig(Section):
@@ -67,7 +68,7 @@ class PhasedConfig(Section):
 
 
 class _Targets(Section):
-    targets: dict[str, float] | str
+    targets: dict[str, float] | PathText
     """Loss that each new domain should reach, in nats per token; or the file that ``rewarm mixture targets`` wrote."""
 
 
@@ -99,7 +100,7 @@ class DoReMiConfig(Section):
     The method's result is their mean: ``rewarm mixture average RUN``.
     """
 
-    reference: dict[str, float] | str
+    reference: dict[str, float] | PathText
     """Held-out loss of a reference model on each new domain, in nats per token; or a run or checkpoint that evaluated
     the same held-out windows; or the output of ``rewarm evaluate --json``."""
     step_size: float = Field(1.0, gt=0)
@@ -301,14 +302,12 @@ class MixtureConfig(Section):
     @model_validator(mode="after")
     def _check_ignored(self) -> MixtureConfig:
         if self.mixer in ("proportional", "temperature", "unimax") and self.weights is not None:
-            raise ValueError(f"mixture.weights is ignored by mixture.mixer={self.mixer}: remove one of the two")
+            raise ignored("mixture.weights", f"mixture.mixer={self.mixer}")
         if self.mixer == "doremi" and self.objective is not None:
-            raise ValueError(
-                "mixture.objective is ignored by mixture.mixer=doremi, which sets it: remove one of the two"
-            )
+            raise ignored("mixture.objective", "mixture.mixer=doremi, which sets it")
         for name, section in MIXER_SECTIONS.items():
             if getattr(self, name) is not None and name != self.mixer:
-                raise ValueError(f"mixture.{name} is ignored by mixture.mixer={self.mixer}: remove one of the two")
+                raise ignored(f"mixture.{name}", f"mixture.mixer={self.mixer}")
             required = [key for key, field in section.model_fields.items() if field.is_required()]
             if name == self.mixer and getattr(self, name) is None and required:
                 raise ValueError(f"mixture.mixer={name} needs mixture.{name}.{required[0]}")
@@ -352,7 +351,7 @@ class ReplayConfig(Section):
     of the run does not change (Ibrahim et al. 2024)."""
     domains: dict[str, float] | None = None
     """Which domains of the lineage and in which proportion; null means all, by the tokens each was trained on."""
-    paths: dict[str, str] = Field(default_factory=dict)
+    paths: dict[str, PathText] = Field(default_factory=dict)
     """New place of a lineage domain whose files moved, replayed or only watched; the content must be the same."""
 
     @field_validator("domains")

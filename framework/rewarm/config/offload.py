@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from rewarm.config.section import Section
+from rewarm.config.paths import PathText
+from rewarm.config.section import Section, ignored
 
 if TYPE_CHECKING:
     from rewarm.config.run import RunConfig
@@ -53,9 +54,9 @@ class OffloadConfig(Section):
     """GB of host memory per rank for state; null means 80% of what is free, divided by the ranks of the node."""
     cpu_threads: int | None = Field(None, gt=0)
     """Threads per rank of the CPU's update; null means the cores a rank may use, less one."""
-    nvme_paths: list[str] = Field(default_factory=list)
+    nvme_paths: list[PathText] = Field(default_factory=list)
     """Folders on local drives, best one per drive; their bandwidths decide how much each takes."""
-    profile: str | None = None
+    profile: PathText | None = None
     """File of ``rewarm offload profile`` to place by; null means the one in the cache, measured if there is none."""
     stand_in: float | None = Field(None, gt=0)
     """Without a GPU: GB/s each way of a link that stands in for one; null means as fast as memory."""
@@ -66,7 +67,8 @@ class OffloadConfig(Section):
             default = type(self).model_fields[name].get_default(call_default_factory=True)
             if self.mode not in modes and getattr(self, name) != default:
                 other = "a mode other than none" if modes is _PLACED else " and ".join(modes)
-                raise ValueError(f"offload.{name} is ignored by offload.mode={self.mode}: it belongs to {other}")
+                by = f"offload.mode={self.mode}, and belongs to {other}"
+                raise ignored(f"offload.{name}", by, getattr(self, name))
         if self.resident_fraction is not None and self.device_memory is not None:
             raise ValueError("offload.resident_fraction and offload.device_memory both say what stays: set one")
         if self.mode == "nvme" and not self.nvme_paths:
@@ -92,6 +94,9 @@ def check_offload(config: RunConfig) -> None:
         ValueError: naming the setting and what to change.
     """
     mode, deepspeed = config.offload.mode, config.deepspeed
+    if not config.offload.split_master and (config.precision != "bfloat16" or config.optimizer.eight_bit):
+        by = placed_by(config) if config.optimizer.eight_bit else f"precision={config.precision}"
+        raise ignored("offload.split_master", f"{by}, under which nothing is split", False)
     if not places_state(config):
         return
     if not config.optimizer.has_moments:

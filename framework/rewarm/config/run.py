@@ -12,7 +12,8 @@ from rewarm.config.deepspeed import DeepSpeedConfig, check_engine
 from rewarm.config.mixture import MixtureConfig, ReplayConfig
 from rewarm.config.model import ModelConfig
 from rewarm.config.offload import OffloadConfig, check_offload
-from rewarm.config.section import Duration, Section, parse_duration, resolve_duration
+from rewarm.config.paths import PathText
+from rewarm.config.section import MOST_TOKENS, Duration, Section, parse_duration, resolve_duration
 from rewarm.config.training import (
     BatchConfig,
     CheckpointConfig,
@@ -29,9 +30,9 @@ from rewarm.config.training import (
 class RunConfig(Section):
     """One stage of training: one YAML file, one run folder."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)
     """Name of the run and of its folder."""
-    runs_folder: str = "runs"
+    runs_folder: PathText = "runs"
     """Where run folders are made, relative to the working directory."""
     seed: int = Field(1234, ge=0, lt=2**63)
     """Seed of the weights, of the data order and of dropout."""
@@ -40,9 +41,9 @@ class RunConfig(Section):
     deepspeed: DeepSpeed ZeRO around any causal language model of transformers."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of parameters and activations; the optimizer always keeps fp32 parameters."""
-    tokenizer: str | None = None
+    tokenizer: PathText | None = None
     """Folder of a Hugging Face tokenizer; null means the parent's, or the one the domains were built with."""
-    parent: str | None = None
+    parent: PathText | None = None
     """What the stage continues: a run folder, one of its checkpoints, or a Hugging Face folder. Null means random
     weights of the shape in ``model``. A run that already has checkpoints of its own resumes from those instead."""
     optimizer_state: Literal["reset", "keep"] = "reset"
@@ -187,6 +188,12 @@ def _check_sizes(config: RunConfig) -> None:
     batch, parallel = config.batch, config.parallel
     number, unit = parse_duration(config.duration)
     tokens = number * config.tokens_per_step if unit == "steps" else number
+    if not tokens < MOST_TOKENS:
+        raise ValueError(
+            f"duration={config.duration!r} with batch.global_batch_size={batch.global_batch_size} and "
+            f"batch.sequence_length={batch.sequence_length} makes {tokens:.3g} tokens, more than can be counted "
+            f"({MOST_TOKENS:.3g})"
+        )
     if tokens < config.tokens_per_step:
         raise ValueError(
             f"duration={config.duration!r} makes {tokens:.15g} tokens, less than one step of "
@@ -197,6 +204,11 @@ def _check_sizes(config: RunConfig) -> None:
     for where, text in (places | {"checkpoint.interval": config.checkpoint.interval}).items():
         if config.steps(text) == 0:
             raise ValueError(f"{where}={text!r} is no step at all: write one step or more, or null")
+    if config.stop_at is not None and (config.steps(config.stop_at) or 0) > config.total_steps:
+        raise ValueError(
+            f"stop_at={config.stop_at!r} is after the end of duration={config.duration!r}, which is "
+            f"{config.total_steps} steps: stop earlier, or write null"
+        )
     if batch.global_batch_size % batch.micro_batch_size:
         raise ValueError(
             f"batch.global_batch_size={batch.global_batch_size} is not a multiple of "

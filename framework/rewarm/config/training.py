@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from rewarm.config.section import Duration, Section, parse_duration
+from rewarm.config.section import Duration, Section, ignored, parse_duration
 
 WITHOUT_MOMENTS = frozenset({"sgd"})
 """The values of ``optimizer.name`` whose state is no more than the parameters."""
@@ -54,7 +54,7 @@ class OptimizerConfig(Section):
     def _check_ignored(self) -> OptimizerConfig:
         for name in ("beta1", "beta2", "epsilon"):
             if self.name == "sgd" and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"optimizer.{name} is ignored by optimizer.name=sgd: remove one of the two")
+                raise ignored(f"optimizer.{name}", "optimizer.name=sgd")
         return self
 
 
@@ -90,7 +90,7 @@ class ScheduleConfig(Section):
             if name in self.model_fields_set and self.kind not in kinds:
                 default = type(self).model_fields[name].default
                 if getattr(self, name) != default:
-                    raise ValueError(f"schedule.{name} is ignored by schedule.kind={self.kind}: remove one of the two")
+                    raise ignored(f"schedule.{name}", f"schedule.kind={self.kind}")
         if self.kind == "infinite" and self.plateau is None:
             raise ValueError("schedule.kind=infinite needs schedule.plateau, its constant rate")
         for name in ("minimum", "start", "plateau"):
@@ -105,7 +105,7 @@ class ScheduleConfig(Section):
                 f"schedule.plateau={self.plateau}: lengthen the cooldown or set peak to the plateau"
             )
         if self.start and parse_duration(self.warmup)[0] == 0:
-            raise ValueError(f"schedule.start={self.start} is ignored by schedule.warmup={self.warmup}: remove one")
+            raise ignored("schedule.start", f"schedule.warmup={self.warmup}", self.start)
         self._check_decay()
         return self
 
@@ -114,7 +114,9 @@ class ScheduleConfig(Section):
             return
         has_decay = parse_duration(self.decay)[0] > 0
         if self.minimum and not has_decay:
-            raise ValueError(f"schedule.minimum={self.minimum} is ignored by schedule.decay={self.decay}: remove one")
+            raise ignored("schedule.minimum", f"schedule.decay={self.decay}", self.minimum)
+        if not has_decay and self.decay_shape != type(self).model_fields["decay_shape"].default:
+            raise ignored("schedule.decay_shape", f"schedule.decay={self.decay}", self.decay_shape)
         if has_decay and self.decay_shape == "exponential" and self.minimum == 0:
             raise ValueError("schedule.decay_shape=exponential never reaches schedule.minimum=0: set a minimum above 0")
 
@@ -190,6 +192,13 @@ class WandbConfig(Section):
     group: str | None = None
     """Group the run is listed under; null means none."""
 
+    @model_validator(mode="after")
+    def _check_ignored(self) -> WandbConfig:
+        for name in ("project", "entity", "group"):
+            if self.mode == "disabled" and getattr(self, name) != type(self).model_fields[name].default:
+                raise ignored(f"tracking.wandb.{name}", "tracking.wandb.mode=disabled", getattr(self, name))
+        return self
+
 
 class TrackingConfig(Section):
     """What is recorded while the run trains."""
@@ -205,7 +214,7 @@ class TrackingConfig(Section):
 class DistributedConfig(Section):
     """The process group."""
 
-    timeout: float = Field(30.0, gt=0)
+    timeout: float = Field(30.0, gt=0, le=525_600)
     """Minutes until a collective that a lost rank never joins fails."""
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
 from pydantic import Field, ValidationError
 
 from rewarm.config.section import Section
+from rewarm.config.yaml_text import read_yaml
 from rewarm.errors import UserError
 
 
@@ -33,10 +33,7 @@ def load_cluster(path: str | Path) -> Cluster:
     Raises:
         UserError: if the file cannot be read, or a key is unknown, missing or out of range.
     """
-    try:
-        values = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read the cluster file {path}: {error}", fix="check the path and the YAML") from error
+    values = read_yaml(path, "cluster file")
     if not isinstance(values, dict):
         raise UserError(f"the cluster file {path} holds no settings", fix="see configs/clusters/ for an example")
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import yaml
 
 from rewarm.checkpoint.distributed import read_state
+from rewarm.config.json_text import parse_json
 from rewarm.config.run import RunConfig
 from rewarm.data.domain import Domain
 from rewarm.errors import UserError
@@ -86,7 +86,7 @@ def _check_same_windows(run: Path, config: RunConfig, domains: Sequence[Domain])
 
 def _from_file(place: Path, config: RunConfig, domains: Sequence[Domain]) -> dict[str, float]:
     try:
-        measured = dict(json.loads(place.read_text(encoding="utf-8"))["domains"])
+        measured = dict(parse_json(place.read_text(encoding="utf-8-sig"))["domains"])
         tokens = {name: int(row["tokens"]) for name, row in measured.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(

@@ -102,6 +102,74 @@ def test_all_problems_are_told_at_once() -> None:
         assert part in text
 
 
+def test_every_unknown_setting_is_told_at_once_wherever_it_is() -> None:
+    values = {
+        **BASE, "sede": 1, "batch": {"sise": 1}, "data": {"d": {"path": "p", "epoks": 1}}, "schedule.peak": 1e-3,
+        "tracking": {"intervall": 2, "wandb": {"projekt": "x"}}, "model": {"widht": 1}, "mixture": {"mixr": "static"},
+    }  # fmt: skip
+    text = refused(values)
+    for where in ("sede", "batch.sise", "data.d.epoks", "tracking.intervall", "tracking.wandb.projekt", "model.widht",
+                  "mixture.mixr", "schedule.peak"):  # fmt: skip
+        assert f"unknown setting {where};" in text
+    assert "dots belong on the command line" in text
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"schedule": {"warmup": 100}}, "schedule.warmup: a length of training needs its unit: write '100 steps'"),
+        ({"duration": 1e9}, "duration: a length of training needs its unit: write '1e+09 steps', '1e+09 tokens'"),
+        ({"evaluation": {"interval": 0.5}}, "evaluation.interval: a length of training needs its unit"),
+        ({"duration": "1e999 steps"}, "longer than any training"),
+        ({"duration": "1e18 steps"}, "more than can be counted"),
+        ({"name": 2024}, "name: text is wanted here: put it in quotes (given: 2024)"),
+        ({"parent": 7, "model": None}, "parent: text is wanted here: put it in quotes (given: 7)"),
+        ({"seed": True}, "seed: true and false are neither numbers nor text"),
+        ({"mixture": {"weights": {"english": True}}}, "mixture.weights: true and false are neither"),
+        ({"batch": 3}, "batch: a mapping of settings is wanted here (given: 3)"),
+        ({"data": {"d": 3}}, "data.d: a domain is its path, or a mapping with path and more settings (given: 3)"),
+        ({"data": {"d": None}}, "data.d: a domain is its path"),
+        ({"parallel": {"data": "two"}}, "parallel.data: Input should be a valid integer"),
+        ({"parallel": {"data": "two"}}, "or Input should be 'auto'"),
+        (
+            {"mixture": {"mixer": "velocitune", "velocitune": {"targets": {"english": "low"}}}},
+            "mixture.velocitune.targets.english: Input should be a valid number",
+        ),
+        ({"seed": 10**5000}, "seed: a number of 16610 bits does not fit 64 bits"),
+        ({"data": {2024: "x"}}, "data: the key 2024 is no text: put it in quotes"),
+        ({"mixture": {"weights": {"english": float("nan")}}}, "mixture.weights.english: Input should be a finite"),
+        ({"distributed": {"timeout": 1e300}}, "distributed.timeout"),
+    ],
+)
+def test_messages_say_what_to_write(values: dict[str, Any], message: str) -> None:
+    text = refused({**BASE, **values})
+    assert message in text
+    assert "dict[" not in text and "function-" not in text and "literal[" not in text
+
+
+@pytest.mark.parametrize("unset", ["schedule.minimum=null", "schedule.minimum=", "schedule.minimum=~", "schedule=null"])
+def test_a_setting_of_the_file_can_be_taken_back_on_the_command_line(tmp_path: Path, unset: str) -> None:
+    path = write(tmp_path, yaml.safe_dump({**BASE, "schedule": {"minimum": 1e-5}}))
+    with pytest.raises(UserError, match=r"schedule\.minimum=null.*takes it back"):
+        load(path, ["schedule.kind=constant"])
+    order = [unset, "schedule.kind=constant"]
+    assert load(path, order).schedule.minimum == 0
+
+
+def test_names_can_be_taken_out_of_a_mapping_on_the_command_line(tmp_path: Path) -> None:
+    path = write(
+        tmp_path, yaml.safe_dump({**BASE, "data": {"a": "x", "b": "y"}, "mixture": {"weights": {"a": 1, "b": 2}}})
+    )
+    config = load(path, ["data.b=null", "mixture.weights.b="])
+    assert list(config.data) == ["a"] and config.mixture.weights == {"a": 1}
+    assert load(path, ["mixture.weights=null"]).mixture.weights is None
+    assert load(path, ["batch=null", "evaluation.interval=null"]).evaluation.interval is None
+
+
+def test_a_section_without_settings_is_its_default() -> None:
+    assert build({**BASE, "batch": None, "tracking": {"wandb": None}}) == build(BASE)
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"missing\.yaml: No such file"):
         load(tmp_path / "missing.yaml")

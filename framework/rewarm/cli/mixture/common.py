@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from rewarm.config.json_text import parse_json
 from rewarm.errors import UserError
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -46,10 +46,10 @@ def by_domain(option: str, text: str | None) -> dict[str, float] | None:
         return None
     fix = f"write {option} '{{\"domain\": number, ...}}', or name a JSON file that holds that"
     try:
-        value = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text())
+        value = parse_json(text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8-sig"))
         value = value.get("targets", value) if option == "--targets" else value
         return {str(name): float(number) for name, number in value.items()}
     except OSError as error:
         raise UserError(f"{option}: cannot read {text}: {error.strerror}", fix=fix) from error
     except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{option} {text!r} is not numbers by domain", fix=fix) from error
+        raise UserError(f"{option} {text!r} is not numbers by domain: {error}", fix=fix) from error

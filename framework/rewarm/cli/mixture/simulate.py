@@ -64,15 +64,19 @@ def simulate(
 
 
 def _settings(pairs: Sequence[str]) -> dict[str, Any]:
-    settings = {}
+    from rewarm.config.json_text import parse_json
+
+    settings: dict[str, Any] = {}
     for pair in pairs:
         key, separator, text = pair.partition("=")
         if not separator or not key:
             raise UserError(f"--set {pair!r} is not of the form key=value")
+        if key in settings:
+            raise UserError(f"--set {key} is given twice", fix="give each setting once")
         try:
-            settings[key] = json.loads(text)
+            settings[key] = parse_json(text)
         except ValueError as error:
-            raise UserError(f"--set {pair!r}: {text!r} is not a number or JSON") from error
+            raise UserError(f"--set {pair!r}: {text!r} is not a number or JSON: {error}") from error
     return settings
 
 

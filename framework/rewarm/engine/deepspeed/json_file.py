@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rewarm.config.json_text import parse_json
 from rewarm.errors import UserError, nearest
 
 DECIDED_ELSEWHERE = {
@@ -52,7 +53,7 @@ def read_user_file(path: str) -> dict[str, Any]:
         UserError: if it cannot be read or is not a JSON object.
     """
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = parse_json(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"deepspeed.json_file={path} cannot be read: {error.strerror}", fix="check the path") from error
     except ValueError as error:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from rewarm.config.json_text import parse_json
 from rewarm.config.mixture import (
     ADOConfig,
     AioliConfig,
@@ -118,7 +118,7 @@ def load_targets(targets: Mapping[str, float] | str) -> dict[str, float]:
     if not isinstance(targets, str):
         return dict(targets)
     try:
-        value = json.loads(Path(targets).read_text(encoding="utf-8"))["targets"]
+        value = parse_json(Path(targets).read_text(encoding="utf-8-sig"))["targets"]
         return {str(name): float(loss) for name, loss in value.items()}
     except OSError as error:
         raise UserError(
@@ -126,7 +126,8 @@ def load_targets(targets: Mapping[str, float] | str) -> dict[str, float]:
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{targets} holds no targets", fix='write {"targets": {"domain": loss}}, or run: rewarm mixture targets'
+            f"{targets} holds no targets: {error}",
+            fix='write {"targets": {"domain": loss}}, or run: rewarm mixture targets',
         ) from error
 
 
