@@ -68,7 +68,7 @@ class OffloadConfig(Section):
             if self.mode not in modes and getattr(self, name) != default:
                 other = "a mode other than none" if modes is _PLACED else " and ".join(modes)
                 by = f"offload.mode={self.mode}, and belongs to {other}"
-                raise ignored(f"offload.{name}", by, getattr(self, name))
+                raise ignored(f"offload.{name}", by)
         if self.resident_fraction is not None and self.device_memory is not None:
             raise ValueError("offload.resident_fraction and offload.device_memory both say what stays: set one")
         if self.mode == "nvme" and not self.nvme_paths:
