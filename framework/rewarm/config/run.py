@@ -137,6 +137,11 @@ class RunConfig(Section):
         return self.mixture.gradient_windows(self.evaluation.windows_per_domain)
 
     @property
+    def evaluation_micro_batch_size(self) -> int:
+        """Windows per forward pass of an evaluation."""
+        return self.evaluation.micro_batch_size or self.batch.micro_batch_size
+
+    @property
     def last_step(self) -> int:
         """The step after which this invocation stops."""
         stop = self.steps(self.stop_at)

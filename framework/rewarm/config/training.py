@@ -166,9 +166,9 @@ class EvaluationConfig(Section):
     """Distance between evaluations; one at step 0 and one at the end are always made. Null means only those."""
     windows_per_domain: int = Field(64, gt=0)
     """Held-out windows per domain, the same ones every time; all of them when the split has fewer."""
-    micro_batch_size: int = Field(8, gt=0)
-    """Windows per forward pass; fixed by this setting and not by the layout, so that every layout sums the
-    same batches in the same order."""
+    micro_batch_size: int | None = Field(None, gt=0)
+    """Windows per forward pass; null means batch.micro_batch_size, so that an evaluation needs no more memory than
+    training. The losses do not depend on it, but for rounding."""
 
 
 class CheckpointConfig(Section):

@@ -49,7 +49,7 @@ def gradient_statistics(
             part = len(chunk) / len(tokens[domain])
             mean = found.mul_(part) if mean is None else mean.add_(found, alpha=part)
         assert mean is not None
-        means.append(mean)
+        means.append(mean.cpu())  # a device has no room for one more of them each domain
     total = ranks.sum_over_ranks(torch.cat([_products(means), squares[None]])).cpu().numpy()
     products, counts = total[:-1], np.array([len(windows) for windows in tokens])
     # E sum n_j |g_j - mean|^2 = (passes - 1) * trace, for passes of n_j windows.
@@ -80,9 +80,11 @@ def slice_of(
 
 
 def _products(vectors: Sequence[Tensor]) -> Tensor:
-    """Inner products of K fp32 [n] in float64 [K, K], without a float64 copy of the whole of any."""
-    found = torch.zeros(len(vectors), len(vectors), dtype=torch.float64, device=vectors[0].device)
+    """Inner products of K fp32 [n] in float64 [K, K] on this rank's device, without a float64 copy, or one there, of
+    the whole of any."""
+    place = device.local_device()
+    found = torch.zeros(len(vectors), len(vectors), dtype=torch.float64, device=place)
     for parts in zip(*(vector.split(max(1, _BLOCK // len(vectors))) for vector in vectors), strict=True):
-        block = torch.stack(parts).double()
+        block = torch.stack(parts).to(place).double()
         found += block @ block.T
     return found

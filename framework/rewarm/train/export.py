@@ -31,7 +31,7 @@ def write_export(
     check_free(folder, replace=replace)
     domains = model.stage(find_ranks().world_size).evaluated if evaluate else []
     settings, vocab_size = model.config.evaluation, model.architecture.vocab_size
-    windows, size = settings.windows_per_domain, settings.micro_batch_size
+    windows, size = settings.windows_per_domain, model.config.evaluation_micro_batch_size
     engine = model.engine()
     try:
         losses = [(domain.name, evaluate_domain(engine, domain, windows, size, vocab_size)) for domain in domains]
@@ -68,7 +68,7 @@ def check_export(
         sums = window_losses(
             folder,
             tokens,
-            settings.micro_batch_size,
+            model.config.evaluation_micro_batch_size,
             dtype=model.config.precision,
             trust_remote_code=model.config.deepspeed.trust_remote_code,
         )

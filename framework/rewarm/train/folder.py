@@ -83,7 +83,7 @@ def check_same_stage(config: RunConfig, folder: Path) -> list[str]:
 
 def _is_free(key: str, config: RunConfig) -> bool:
     # Under weights that follow the losses, when and on what they are measured decides the samples.
-    if config.mixture.is_updated and key.startswith("evaluation."):
+    if config.mixture.is_updated and key.startswith("evaluation.") and key != "evaluation.micro_batch_size":
         return False
     # Files may move; that their content is the same is what the sampler checks.
     if key.startswith("data.") and key.endswith(".path"):

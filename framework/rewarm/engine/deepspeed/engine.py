@@ -134,6 +134,7 @@ class DeepSpeedEngine(Collectives, Engine):
     def dry_run(self, batch: Batch) -> None:
         """See :meth:`Engine.dry_run`."""
         state = self.rng_state()
+        device.forget_peak_memory()  # building took more, for a moment, than a step does
         if self._context is not None:
             self._check_context(self._context, batch)
         # A gradient that is not finite is dropped by the one path that knows where stage and offload have put it.

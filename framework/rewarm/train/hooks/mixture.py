@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from rewarm.train.run import Run, StepRecord
 
 
+GRADIENT_CHUNK = 8
+"""Windows of one gradient of which the spread is measured. What a forward pass takes at once is the engine's matter:
+the weights must not depend on it."""
+
+
 class MixtureHook(Hook):
     """Updates a closed-loop mixer at every evaluation; does nothing under a mixer whose weights are known ahead.
 
@@ -66,7 +71,7 @@ class MixtureHook(Hook):
             key = order_key(config.seed, domain.held_out_fingerprint, 0)
             windows.append(rotated_windows(domain.held_out, count, turn, key))
             domain.check_token_ids(windows[-1], run.stage.architecture.vocab_size, "held-out")
-        found = run.engine.domain_gradients(windows, config.evaluation.micro_batch_size)
+        found = run.engine.domain_gradients(windows, GRADIENT_CHUNK)
         return found.products, found.squared_norms, found.variances
 
     def _propose(self, run: Run, at_sample: int, gradients: Gradients | None) -> Change | None:
