@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 FREE_AT_RESUME = (
     "stop_at", "parallel", "activation_recomputation", "evaluation", "checkpoint", "tracking", "distributed",
     "batch.micro_batch_size", "megatron.attention", "megatron.overlap_communication", "deepspeed",
-    "offload", "runs_folder", "parent", "replay.paths",
+    "offload", "deterministic", "runs_folder", "parent", "replay.paths",
 )  # fmt: skip
 """Settings that leave the samples and the schedule as they are. Everything else makes another stage."""
 
