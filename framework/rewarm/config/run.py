@@ -166,6 +166,8 @@ def _check_lineage(config: RunConfig) -> None:
             raise ValueError(f"replay.fraction={config.replay.fraction} needs a parent whose domains can be replayed")
         if config.replay.paths:
             raise ValueError("replay.paths needs a parent, whose domains have moved")
+        if config.schedule.start == "parent":
+            raise ValueError("schedule.start=parent needs a parent, whose last learning rate it stands for")
         if config.optimizer_state == "keep":
             raise ValueError("optimizer_state=keep needs a parent run to keep it from")
     elif config.model is not None:

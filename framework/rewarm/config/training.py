@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -68,9 +68,9 @@ class ScheduleConfig(Section):
     """Highest learning rate."""
     minimum: float = Field(0.0, ge=0)
     """Learning rate at the end of the run: what the step after the last one would have."""
-    start: float = Field(0.0, ge=0)
-    """Learning rate that the warm-up rises from; its first step is already one step above it. A re-warm usually
-    starts at the parent's final rate."""
+    start: Annotated[float, Field(ge=0)] | Literal["parent"] = 0.0
+    """Learning rate that the warm-up rises from; its first step is already one step above it. parent: the rate of the
+    parent's last step, as its lineage says it; the run's config.yaml then holds the number."""
     warmup: Duration = "1%"
     """Length of the linear warm-up from start to peak; its last step is at the peak."""
     decay: Duration = "20%"
@@ -95,7 +95,7 @@ class ScheduleConfig(Section):
             raise ValueError("schedule.kind=infinite needs schedule.plateau, its constant rate")
         for name in ("minimum", "start", "plateau"):
             value = getattr(self, name)
-            if value is not None and value > self.peak:
+            if isinstance(value, float) and value > self.peak:
                 raise ValueError(f"schedule.{name}={value} is above schedule.peak={self.peak}")
         if self.plateau is not None and self.minimum > self.plateau:
             raise ValueError(f"schedule.minimum={self.minimum} is above schedule.plateau={self.plateau}")

@@ -16,6 +16,7 @@ from rewarm.errors import UserError
 from rewarm.launch.batch_script import JobRequest, Places, batch_script, is_apptainer, job_name
 from rewarm.launch.records import CODE, CONFIG, SCRIPT, all_jobs, new_submission, write_jobs
 from rewarm.launch.slurm import Partition, choose_partition, find_jobs, parse_time, run_slurm
+from rewarm.mixing.mixers.build import with_targets
 from rewarm.model.architecture import Architecture
 from rewarm.model.description import ModelDescription
 from rewarm.planner.cluster import Cluster
@@ -45,7 +46,9 @@ def check_submission(config: RunConfig, request: JobRequest, cluster: Cluster | 
     from rewarm.train.folder import check_same_stage, prepare_folder
     from rewarm.train.stage import resolve_stage
 
+    config = config.model_copy(update={"mixture": with_targets(config.mixture)})
     stage = resolve_stage(config, request.num_ranks)
+    config = stage.config
     if cluster is not None:
         messages += check_cluster(config, stage.architecture, request, cluster)
     folder = prepare_folder(config)

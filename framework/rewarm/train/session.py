@@ -47,6 +47,7 @@ def run_session(config: RunConfig) -> None:
     check_device()
     config = config.model_copy(update={"mixture": with_targets(config.mixture)})
     stage = resolve_stage(config, ranks.world_size)
+    config = stage.config
     lock = RunLock(prepare_folder(config)) if ranks.rank == 0 else None
     try:
         engine = build_engine(config, stage.architecture, stage.names)

@@ -31,6 +31,7 @@ from rewarm.replay.lineage import Stage as LineageStage
 from rewarm.schedule.learning_rate import LearningRate
 from rewarm.train.old_domains import OldDomains, open_old_domains
 from rewarm.train.origin import Origin, find_origin
+from rewarm.train.parent_rate import with_parent_rate
 from rewarm.train.reference import reference_losses
 from rewarm.train.tokenizers import check_tokenizers, choose_tokenizer
 
@@ -194,6 +195,7 @@ def resolve_stage(config: RunConfig, num_ranks: int) -> Stage:
     if not config.data:
         raise UserError("data is empty: there is nothing to train on", fix="name at least one domain under data")
     origin = find_origin(config)
+    config = with_parent_rate(config, origin.lineage)
     length = config.batch.sequence_length
     new = [open_domain(name, domain, length) for name, domain in config.data.items()]
     tokenizer = choose_tokenizer(config, origin, new)
