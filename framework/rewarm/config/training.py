@@ -216,6 +216,13 @@ class DistributedConfig(Section):
 
     timeout: float = Field(30.0, gt=0, le=525_600)
     """Minutes until a collective that a lost rank never joins fails."""
+    stop_timeout: float = Field(10.0, gt=0)
+    """Minutes without anything written after which ranks that ``rewarm train`` started on this machine, and asked to
+    save and stop, count as hanging and are killed. A second Ctrl-C or SIGTERM does not wait for that."""
+    threads: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"
+    """Threads each rank computes with on the CPU. auto: those of the checkpoint that a run resumes from on the same
+    layout, as another number may round differently; else OMP_NUM_THREADS; else the cores that are free for a rank,
+    or fewer where a micro-batch is too small for them."""
 
 
 class MegatronConfig(Section):

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from rewarm.config.run import RunConfig
 from rewarm.engine.environment import check_not_batch_script, export_slurm_rendezvous, find_ranks
+from rewarm.engine.threads import LoadWatch
 from rewarm.launch.local import ERROR_FOLDER, launch_local
+from rewarm.launch.terminal import keep_going_without_terminal
 
 
 def start(config: RunConfig, arguments: list[str]) -> None:
@@ -20,6 +22,8 @@ def start(config: RunConfig, arguments: list[str]) -> None:
         config: the stage.
         arguments: the command line that starts a rank of it, after ``rewarm``.
     """
+    watch = LoadWatch()
+    keep_going_without_terminal()
     check_not_batch_script()
     ranks = find_ranks()
     if ranks.launcher == "slurm":
@@ -30,7 +34,7 @@ def start(config: RunConfig, arguments: list[str]) -> None:
         return
     num_ranks = local_rank_count(config)
     if num_ranks == 1:
-        _train(config)
+        _train(config, watch)
         return
     from rewarm.engine.build import prepare_engine
     from rewarm.train.folder import prepare_folder
@@ -39,7 +43,8 @@ def start(config: RunConfig, arguments: list[str]) -> None:
     resolve_stage(config, num_ranks)
     prepare_folder(config)
     prepare_engine(config)
-    sys.exit(launch_local(arguments, num_ranks, config.folder / "logs"))
+    stop_seconds = 60.0 * config.distributed.stop_timeout
+    sys.exit(launch_local(arguments, num_ranks, config.folder / "logs", watch.busy(), stop_seconds))
 
 
 def local_rank_count(config: RunConfig) -> int:
@@ -67,7 +72,7 @@ def _split_output(logs: Path, rank: int) -> None:
         os.dup2(file.fileno(), 2)
 
 
-def _train(config: RunConfig) -> None:
+def _train(config: RunConfig, watch: LoadWatch | None = None) -> None:
     from rewarm.train.session import run_session
 
-    run_session(config)
+    run_session(config, watch)

@@ -9,6 +9,7 @@ from typing import Any
 from rewarm.checkpoint.distributed import find_checkpoint, find_damage, read_state
 from rewarm.config.run import RunConfig
 from rewarm.engine.base import Engine
+from rewarm.engine.threads import LoadWatch, set_threads
 from rewarm.errors import UserError
 from rewarm.mixing.mixers.build import with_targets
 from rewarm.mixing.weight_log import WeightEntry, WeightLog
@@ -29,11 +30,12 @@ from rewarm.train.summary import print_summary
 log = logging.getLogger(__name__)
 
 
-def run_session(config: RunConfig) -> None:
+def run_session(config: RunConfig, watch: LoadWatch | None = None) -> None:
     """Train a stage to its end, or to a stop, on the ranks of this job.
 
     Args:
         config: the stage.
+        watch: has seen for a while what other programs do on this machine, where this process is the only rank.
 
     Raises:
         UserError: for everything that the user can mend; nothing that was saved before is lost.
@@ -54,7 +56,7 @@ def run_session(config: RunConfig) -> None:
         try:
             engine.barrier()
             open_logs(stage.folder, engine.rank)
-            _train(config, stage, engine)
+            _train(config, stage, engine, watch)
         except BaseException:
             # The process group is left as it is: leaving it could wait for ranks that are inside a collective.
             log.exception("rank %d failed", engine.rank)
@@ -65,11 +67,13 @@ def run_session(config: RunConfig) -> None:
             lock.release()
 
 
-def _train(config: RunConfig, stage: Stage, engine: Engine) -> None:
+def _train(config: RunConfig, stage: Stage, engine: Engine, watch: LoadWatch | None) -> None:
     """Everything between joining the other ranks and leaving them."""
     messages = check_nodes(engine, stage.folder)
     run = assemble(config, stage, engine)
-    for message in messages:
+    busy = None if watch is None else watch.busy()
+    run.threads, threads = set_threads(config, stage.architecture, engine, run.threads or None, busy)
+    for message in [*messages, *([threads] if threads else [])]:
         run.tracker.message(message)
     if engine.is_main:
         write_status(stage.folder, "running", run.step, config.total_steps)

@@ -25,6 +25,7 @@ def checkpoint_state(run: Run) -> dict[str, Any]:
         "hooks": run.extra_state,
         "architecture": run.stage.architecture.to_dict(),
         "layout": _layout(run),
+        "threads": run.threads,
         "engine": run.config.engine,
         "precision": run.config.precision,
     }
@@ -70,6 +71,7 @@ def restore(run: Run, checkpoint: Path, state: dict[str, Any]) -> None:
     run.last_learning_rate = state["learning_rate"]
     run.extra_state = dict(state["hooks"])
     if state["layout"] == _layout(run):
+        run.threads = list(state.get("threads", []))
         saved = checkpoint / RANDOM / f"rank-{run.engine.rank:05d}.pickle"
         run.engine.set_rng_state(pickle.loads(saved.read_bytes()))
     elif run.config.optimizer.eight_bit:
