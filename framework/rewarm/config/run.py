@@ -174,6 +174,8 @@ def _check_lineage(config: RunConfig) -> None:
         raise ValueError(f"model is ignored with parent={config.parent}, which brings its own shape: remove one")
     if config.replay.fraction == 0 and config.replay.domains:
         raise ValueError("replay.domains is ignored with replay.fraction=0: set a fraction")
+    if config.replay.fraction == 0 and config.replay.windows != "seen":
+        raise ValueError(f"replay.windows={config.replay.windows} is ignored with replay.fraction=0: set a fraction")
 
 
 def _check_mixture(config: RunConfig) -> None:

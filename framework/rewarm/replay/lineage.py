@@ -35,13 +35,22 @@ class ConsumedDomain:
     held_out_fraction: float = 0.01
     """Share of a bare token file that was held out, which decides what its training split is."""
     order: str = ""
-    """Identity of the order its windows came in, see :func:`order_identity`."""
+    """Identity of the order its windows came in, see :func:`order_identity`; empty in lineages that do not say."""
+    replayed: bool = False
+    """True if these windows were among those that earlier stages had trained on, fed back; they came in the order in
+    which the earlier stages had drawn them, and no order goes on after them."""
 
 
 def order_identity(fingerprint: str, num_windows: int, seed: int) -> str:
     """Two stages draw a domain's windows in the same order exactly if its content, its window length and their seeds
     are equal."""
     return f"{fingerprint}/{num_windows}/{seed}"
+
+
+def split_order(order: str) -> tuple[int, int]:
+    """Number of windows and seed of what :func:`order_identity` gave."""
+    _, num_windows, seed = order.rsplit("/", 2)
+    return int(num_windows), int(seed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +103,9 @@ class Lineage:
 
     def drawn(self, order: str) -> int:
         """Windows that the stages drew of one order: where a stage that draws of it goes on, so that none is trained
-        on a second time before all have been once."""
-        return sum(domain.windows for stage in self.stages for domain in stage.domains if domain.order == order)
+        on a second time before all have been once. What was fed back is not counted again."""
+        domains = [domain for stage in self.stages for domain in stage.domains]
+        return sum(domain.windows for domain in domains if domain.order == order and not domain.replayed)
 
     def save(self, folder: str | Path) -> None:
         """Write ``lineage.json`` into a run folder; a reader sees the old file or the new one, never a torn one."""

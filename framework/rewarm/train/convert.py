@@ -87,6 +87,8 @@ def _settings(model: OpenModel, engine: str, output: Path) -> RunConfig:
     values: dict[str, Any] = dict(yaml.safe_load((model.folder / "config.yaml").read_text()))
     for section in (*_OF_AN_ENGINE, "stop_at"):  # where this invocation stopped is no wish for the next
         values.pop(section, None)
+    if read_state(model.checkpoint).get("replay") is None and values.get("replay", {}).get("fraction"):
+        values["replay"].setdefault("windows", "all")  # how the run began, before this was a setting
     place = {"name": output.resolve().name, "runs_folder": str(output.resolve().parent), "engine": engine}
     return build(values | place, source=str(model.folder / "config.yaml"))
 

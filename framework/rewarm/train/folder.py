@@ -69,6 +69,7 @@ def check_same_stage(config: RunConfig, folder: Path) -> list[str]:
         UserError: if a setting changed that makes another stage.
     """
     before = _flatten(yaml.safe_load((folder / "config.yaml").read_text()))
+    before.setdefault("replay.windows", "all" if config.replay.fraction > 0 else "seen")  # of a run before the setting
     now = _flatten(yaml.safe_load(dump(config)))
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     refused = [key for key in changed if not _is_free(key, config)]

@@ -28,6 +28,8 @@ class Origin:
     """The ancestors, without the run itself."""
     tokenizer: Path | None
     """Tokenizer of the run itself or of its parent."""
+    checkpoint: Path | None = None
+    """The run's own, from which it goes on; None for a run that starts."""
 
 
 def find_origin(config: RunConfig) -> Origin:
@@ -47,7 +49,7 @@ def find_origin(config: RunConfig) -> Origin:
                 fix=f"give the stage another name, with parent: {config.folder}",
             )
         own = from_checkpoint(checkpoint, config.engine)
-        return Origin(None, own.architecture, Lineage(own.lineage.stages[:-1]), own.tokenizer)
+        return Origin(None, own.architecture, Lineage(own.lineage.stages[:-1]), own.tokenizer, checkpoint)
     if config.parent is None:
         return Origin(None, None, Lineage(), None)
     parent = find_parent(config.parent, config.engine)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from rewarm.checkpoint.distributed import read_state
 from rewarm.config.run import RunConfig
 from rewarm.data.conditioning import Conditioning, prefix_tokens
 from rewarm.data.domain import Domain, open_domain
@@ -18,7 +19,14 @@ from rewarm.engine.layout import check_layout
 from rewarm.errors import UserError
 from rewarm.mixing.controller import MixtureController
 from rewarm.mixing.mixers.build import build_mixer
-from rewarm.mixing.mixture import Clock, cooldown_sample, initial_weights, planned_changes, planned_entry
+from rewarm.mixing.mixture import (
+    Clock,
+    check_phases_by_loss,
+    cooldown_sample,
+    initial_weights,
+    planned_changes,
+    planned_entry,
+)
 from rewarm.mixing.objective import Objective
 from rewarm.mixing.sampler import SampledDomain, Sampler
 from rewarm.mixing.weight_log import WeightEntry
@@ -28,6 +36,7 @@ from rewarm.model.description import ModelDescription, from_scratch
 from rewarm.model.tokenizer_check import required_rows
 from rewarm.replay.lineage import ConsumedDomain, Lineage, order_identity
 from rewarm.replay.lineage import Stage as LineageStage
+from rewarm.replay.windows import ReplayOrder, replay_order
 from rewarm.schedule.learning_rate import LearningRate
 from rewarm.train.old_domains import OldDomains, open_old_domains
 from rewarm.train.origin import Origin, find_origin
@@ -58,6 +67,10 @@ class Stage:
     before it."""
     messages: list[str] = field(default_factory=list)
     """What the user should know before the first step."""
+    replay_orders: dict[str, ReplayOrder] = field(default_factory=dict)
+    """How the windows of each replayed domain come."""
+    replay_windows: str | None = None
+    """``replay.windows`` as the checkpoints keep it; None for a run that began before there was this setting."""
 
     @property
     def folder(self) -> Path:
@@ -76,16 +89,12 @@ class Stage:
             state: the ``sampler`` part of a checkpoint, or None.
             log_entries: the weight log, which says what comes after the checkpoint.
         """
-        sampled = [
-            SampledDomain(
-                domain.name,
-                len(domain.train),
-                domain.fingerprint,
-                self._max_epochs(domain.name),
-                self.origin.lineage.drawn(self._order(domain)),
-            )
-            for domain in self.trained
-        ]
+        sampled = []
+        for domain in self.trained:
+            order = self._order(domain)
+            limit = self._max_epochs(domain.name)
+            size, content = len(domain.train), domain.fingerprint
+            sampled.append(SampledDomain(domain.name, size, content, limit, order.start, order.parts, order.once))
         sampler = Sampler(sampled, self.config.seed, self.initial_weights)
         if state is not None:
             sampler.load_state_dict(state)
@@ -124,8 +133,11 @@ class Stage:
         tokens = prefix_tokens(settings.prefixes, self.tokenizer, self.config.batch.sequence_length // 2)
         return Conditioning(tokens, cooldown_sample(settings, _clock(self.config)))
 
-    def _order(self, domain: Domain) -> str:
-        return order_identity(domain.fingerprint, len(domain.train), self.config.seed)
+    def _order(self, domain: Domain) -> ReplayOrder:
+        if domain.name in self.replay_orders:
+            return self.replay_orders[domain.name]
+        order = order_identity(domain.fingerprint, len(domain.train), self.config.seed)
+        return ReplayOrder(order, self.origin.lineage.drawn(order))
 
     def controller(self) -> MixtureController:
         """What steers the weights of the new domains after evaluations, as it stands at the first step."""
@@ -170,7 +182,8 @@ class Stage:
                 tokens=cursors[domain.name] * length,
                 windows=cursors[domain.name],
                 tokenizer_fingerprint=domain.tokenizer_fingerprint or "",
-                order=self._order(domain),
+                order=self._order(domain).order,
+                replayed=self._order(domain).replayed,
             )
             for domain in self.trained
         )
@@ -196,12 +209,15 @@ def resolve_stage(config: RunConfig, num_ranks: int) -> Stage:
         raise UserError("data is empty: there is nothing to train on", fix="name at least one domain under data")
     origin = find_origin(config)
     config = with_parent_rate(config, origin.lineage)
+    config, replay_windows, messages = _replay_as_begun(config, origin)
     length = config.batch.sequence_length
     new = [open_domain(name, domain, length) for name, domain in config.data.items()]
     tokenizer = choose_tokenizer(config, origin, new)
     architecture = origin.architecture or _new_architecture(config, tokenizer, new)
     check_layout(config, architecture, num_ranks)
     old = open_old_domains(config, origin.lineage, new)
+    old.messages.extend(messages)
+    orders = _replay_orders(config, origin.lineage, old)
     tokens = {domain.name: domain.train.num_tokens for domain in new}
     shares = {domain.name: share for domain, share in old.replayed}
     names, weights = initial_weights(config.mixture, config.replay, tokens, shares, total_tokens=config.total_tokens)
@@ -211,13 +227,43 @@ def resolve_stage(config: RunConfig, num_ranks: int) -> Stage:
     assert names == [domain.name for domain in trained], (names, trained)
     check_tokenizers(tokenizer, architecture, trained)
     evaluated = trained + _watchable(old, tokenizer, architecture)
-    _check_enough_windows(config, trained, weights)
-    stage = Stage(config, origin, architecture, tokenizer, trained, evaluated, weights, planned, list(old.messages))
+    _check_enough_windows(config, trained, weights, orders)
+    if origin.checkpoint is None:  # a run that has begun goes on: what a phase may cost the objective is in its log
+        check_phases_by_loss(config.mixture, shares, config.replay.fraction)
+    stage = Stage(
+        config, origin, architecture, tokenizer, trained, evaluated, weights, planned, list(old.messages),
+        replay_orders=orders, replay_windows=replay_windows,
+    )  # fmt: skip
     # All refuse what could only fail after the ranks have started.
     stage.sampler(None, planned)
     _check_gradients(stage)
     stage.conditioning()
     return stage
+
+
+def _replay_as_begun(config: RunConfig, origin: Origin) -> tuple[RunConfig, str | None, list[str]]:
+    """A run that began before ``replay.windows`` was a setting goes on as it began, with what is now called all.
+
+    Returns:
+        The configuration, what the checkpoints keep of it, and what the user should know.
+    """
+    if origin.checkpoint is None or read_state(origin.checkpoint).get("replay") is not None:
+        return config, config.replay.windows, []
+    if config.replay.fraction == 0:
+        return config, None, []
+    replay = config.replay.model_copy(update={"windows": "all"})
+    message = "this run began before replay.windows was a setting, and goes on as it began, with replay.windows=all"
+    return config.model_copy(update={"replay": replay}), None, [message]
+
+
+def _replay_orders(config: RunConfig, lineage: Lineage, old: OldDomains) -> dict[str, ReplayOrder]:
+    known = {domain.fingerprint: domain for domain in lineage.domains()}
+    return {
+        domain.name: replay_order(
+            lineage, config.replay.windows, known[domain.fingerprint], len(domain.train), config.seed
+        )
+        for domain, _ in old.replayed
+    }
 
 
 def _check_gradients(stage: Stage) -> None:
@@ -269,14 +315,19 @@ def _new_architecture(config: RunConfig, tokenizer: Path | None, new: list[Domai
     return from_scratch(Architecture.from_config(config.model, vocab_size), config.engine, config.precision)
 
 
-def _check_enough_windows(config: RunConfig, trained: list[Domain], weights: np.ndarray) -> None:
+def _check_enough_windows(
+    config: RunConfig, trained: list[Domain], weights: np.ndarray, orders: Mapping[str, ReplayOrder]
+) -> None:
     """Refuse a domain that would repeat within a single step."""
     for domain, weight in zip(trained, weights.tolist(), strict=True):
         share = math.ceil(weight / TOTAL * config.batch.global_batch_size)
-        if len(domain.train) < share:
+        parts = orders[domain.name].parts if domain.name in orders else ()
+        among = f" that replay.windows={config.replay.windows} allows" if parts else ""
+        count = min(len(domain.train), sum(map(len, parts))) if parts else len(domain.train)
+        if count < share:
             raise UserError(
-                f"domain {domain.name!r} ({domain.path}) has {len(domain.train)} windows of "
-                f"{config.batch.sequence_length} tokens, but one step takes {share} of it "
+                f"domain {domain.name!r} ({domain.path}) has {count} windows of "
+                f"{config.batch.sequence_length} tokens{among}, but one step takes {share} of it "
                 f"(weight {weight / TOTAL:.3g}, batch.global_batch_size={config.batch.global_batch_size})",
                 fix="give it more text, or lower its weight, batch.global_batch_size or batch.sequence_length",
             )

@@ -22,6 +22,7 @@ def checkpoint_state(run: Run) -> dict[str, Any]:
         "tokens": run.tokens,
         "learning_rate": run.last_learning_rate,
         "sampler": run.feed.state_dict(),
+        "replay": run.stage.replay_windows,
         "hooks": run.extra_state,
         "architecture": run.stage.architecture.to_dict(),
         "layout": _layout(run),

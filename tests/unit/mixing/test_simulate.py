@@ -16,6 +16,7 @@ from rewarm.cli.mixture import app
 from rewarm.errors import UserError
 from rewarm.mixing.audit import audit
 from rewarm.mixing.draws import sample_hash
+from rewarm.mixing.repetition import effective_tokens
 from rewarm.mixing.sampler import SampledDomain, Sampler
 from rewarm.mixing.weight_log import WeightLog
 from rewarm.mixing.weights import TOTAL, quantise
@@ -214,6 +215,8 @@ def test_an_audit_agrees_with_an_honest_run(tmp_path: Path) -> None:
     assert drawn in (57, 58) and found["domains"]["b"]["drawn"] == 180 - drawn
     assert found["domains"]["a"]["different"] == 40 and found["domains"]["a"]["most_repeated"] == 2
     assert found["domains"]["b"]["most_repeated"] == 1
+    assert found["domains"]["a"]["fresh"] == 40
+    assert found["domains"]["a"]["effective"] == pytest.approx(effective_tokens(40, drawn / 40), abs=0.05)
 
 
 def test_an_audit_finds_a_step_that_saw_something_else(tmp_path: Path) -> None:
