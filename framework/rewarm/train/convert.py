@@ -19,8 +19,8 @@ from rewarm.engine.environment import find_ranks
 from rewarm.errors import UserError
 from rewarm.model.description import for_other_engine
 from rewarm.replay.lineage import Lineage
+from rewarm.train.companions import copy_companions
 from rewarm.train.open import OpenModel, open_model, with_fp32_state
-from rewarm.train.parent import TOKENIZER
 from rewarm.train.state import MODEL, RANDOM
 
 _OF_AN_ENGINE = ("parallel", "megatron", "deepspeed", "distributed", "offload")
@@ -113,8 +113,8 @@ def _write_run_files(model: OpenModel, config: RunConfig, output: Path) -> None:
     for name in _KEPT:
         if (model.folder / name).is_file():
             shutil.copyfile(model.folder / name, output / name)
-    if model.tokenizer is not None:
-        shutil.copytree(model.tokenizer, output / TOKENIZER, dirs_exist_ok=True)
+    if model.companions is not None:
+        copy_companions(model.companions, output)
     (output / "config.yaml").write_text(dump(config))
     converted = {"from": str(model.checkpoint), "engine": model.config.engine}
     (output / "converted.json").write_text(json.dumps(converted, indent=1) + "\n")

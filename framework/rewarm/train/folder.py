@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +13,7 @@ import yaml
 from rewarm.config.load import dump
 from rewarm.config.run import RunConfig
 from rewarm.errors import UserError
-from rewarm.model.files import carry_files
-from rewarm.train.parent import TOKENIZER
+from rewarm.train.companions import keep_companions
 
 if TYPE_CHECKING:
     from rewarm.train.stage import Stage
@@ -23,7 +21,7 @@ if TYPE_CHECKING:
 FREE_AT_RESUME = (
     "stop_at", "parallel", "activation_recomputation", "evaluation", "checkpoint", "tracking", "distributed",
     "batch.micro_batch_size", "megatron.attention", "megatron.overlap_communication", "deepspeed",
-    "offload", "deterministic", "runs_folder", "parent", "replay.paths",
+    "offload", "runs_folder", "parent", "replay.paths",
 )  # fmt: skip
 """Settings that leave the samples and the schedule as they are. Everything else makes another stage."""
 
@@ -111,10 +109,7 @@ def write_run_files(config: RunConfig, stage: Stage, *, started: bool) -> None:
     if not started:
         for name in ("metrics.jsonl", "evaluation.jsonl", "mixture.jsonl"):
             (folder / name).unlink(missing_ok=True)
-        if stage.tokenizer is not None and stage.tokenizer.resolve() != (folder / TOKENIZER).resolve():
-            shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
-            (folder / TOKENIZER).mkdir()
-            carry_files(stage.tokenizer, folder / TOKENIZER)
+        keep_companions(folder, stage.tokenizer, stage.origin.parent, stage.trained)
         stage.lineage(None, 0, dict.fromkeys(stage.names, 0)).save(folder)
     aside = folder / "config.yaml.new"
     aside.write_text(dump(config))

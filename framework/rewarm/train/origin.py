@@ -12,7 +12,9 @@ from rewarm.config.run import RunConfig
 from rewarm.config.training import WITHOUT_MOMENTS
 from rewarm.errors import UserError
 from rewarm.model.description import ModelDescription
+from rewarm.model.files import list_carried
 from rewarm.replay.lineage import Lineage
+from rewarm.train.companions import check_digests
 from rewarm.train.parent import Parent, find_parent, from_checkpoint
 
 
@@ -53,6 +55,9 @@ def find_origin(config: RunConfig) -> Origin:
     if config.parent is None:
         return Origin(None, None, Lineage(), None)
     parent = find_parent(config.parent, config.engine)
+    if parent.companions is not None:
+        check_digests(parent.companions)
+        list_carried(parent.companions)  # refuses links that lead out
     if parent.checkpoint is None and config.optimizer_state == "keep":
         raise UserError(
             f"optimizer_state=keep, but parent={config.parent} is a Hugging Face folder, which has no optimizer state",
