@@ -52,24 +52,26 @@ def progress_on(console: Console, title: str) -> Iterator[OnProgress]:
         yield follow
 
 
-def build_table(folder: Path, info: dict[str, Any]) -> Table:
+def build_table(info: dict[str, Any]) -> Table:
     """What a build made of its input."""
     from rich.table import Table
 
-    table = Table(title=f"{folder}", title_justify="left", show_header=True)
+    table = Table(show_header=True)
     for heading in ("split", "documents", "tokens", "bytes", "bytes per token"):
         table.add_column(heading, justify="left" if heading == "split" else "right")
     for split in ("train", "held_out"):
         counts = info[split]
         table.add_row(split, *_counted(counts["documents"], counts["tokens"], counts["bytes"]))
-    table.caption = (
+    return table
+
+
+def build_caption(folder: Path, info: dict[str, Any]) -> str:
+    """What became of the records."""
+    caption = (
         f"{info['records']:,} records: {info['duplicates']:,} duplicates dropped, {info['empty']:,} empty, "
         f"{info['rejects']:,} malformed" + (f" (see {folder / REJECTS_FILE})" if info["rejects"] else "")
     )
-    if info["files_ignored"]:
-        table.caption += f"; {info['files_ignored']:,} files of other kinds left out"
-    table.caption_justify = "left"
-    return table
+    return caption + (f"; {info['files_ignored']:,} files of other kinds left out" if info["files_ignored"] else "")
 
 
 def _counted(documents: int, tokens: int, num_bytes: int) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 from dataclasses import replace
@@ -231,8 +232,8 @@ def follow_up(config: RunConfig, request: JobRequest, submission: Path, ids: lis
         f"queued   {jobs} ({job_name(run)}), {shape}",
         f"         {ends}",
         f"script   {os.path.relpath(submission / SCRIPT)}",
-        f"status   rewarm status {run}",
-        f"follow   rewarm logs {run} --follow",
-        f"stop     rewarm cancel {run}      (saves first)",
+        f"status   {shlex.join(['rewarm', 'status', str(run)])}",
+        f"follow   {shlex.join(['rewarm', 'logs', str(run), '--follow'])}",
+        f"stop     {shlex.join(['rewarm', 'cancel', str(run)])}      (saves first)",
     ]
     return "\n".join(lines)
