@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ranks.deepspeed_models import LEARNING_RATE, deepspeed_config, masked_batch
-from ranks.single_workers import asked_of_torch, group_timeouts
+from ranks.single_workers import group_timeouts
 from ranks.tiny import DOMAINS, global_batch
 from rewarm.engine.base import Batch, Engine, StepResult
 from rewarm.engine.deepspeed.engine import DeepSpeedEngine
@@ -37,16 +37,6 @@ def timeouts(folder: Path, cases: Sequence[dict[str, Any]]) -> list[float]:
         with opened(folder, settings, fill=False):
             found += group_timeouts()
     return found
-
-
-def deterministic_steps(folder: Path, settings: dict[str, Any]) -> tuple[list[float], dict[str, Any]]:
-    """Losses of some steps, and what was asked of torch."""
-    from rewarm.engine.build import build_engine
-
-    engine = build_engine(deepspeed_config(folder, **settings), HuggingFaceModel.from_folder(folder), DOMAINS)
-    assert isinstance(engine, DeepSpeedEngine)
-    engine.import_huggingface(folder)
-    return [result.loss for result in steps(engine, 0, 3)], asked_of_torch()
 
 
 def share(engine: Engine, whole: Batch) -> Batch:

@@ -109,28 +109,6 @@ def evaluated_by(sizes: list[int]) -> list[np.ndarray]:
     return [engine.evaluate(tokens, size) for size in sizes]
 
 
-def deterministic_steps(settings: dict[str, Any]) -> tuple[list[float], dict[str, Any]]:
-    """Losses of some steps and of an evaluation, and what was asked of torch."""
-    import os
-
-    engine = build(settings)
-    losses = [engine.train_step(local_batch(engine, step), 1e-3).loss for step in range(3)]
-    losses += [float(loss) for loss in engine.evaluate(global_batch(9).tokens, 2)]
-    engine.domain_gradients([global_batch(8).tokens, global_batch(9).tokens], 4)
-    return losses, asked_of_torch() | {"Megatron-Core": engine.chunks[0].config.deterministic_mode} | {
-        name: os.environ.get(name) for name in ("CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO")
-    }
-
-
-def asked_of_torch() -> dict[str, Any]:
-    """The flags that make torch's kernels add in one order."""
-    return {
-        "torch": torch.are_deterministic_algorithms_enabled(),
-        "cudnn": torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark,
-        "attention": not torch.backends.cuda.cudnn_sdp_enabled(),
-    }
-
-
 def unmasked_losses() -> tuple[np.ndarray, np.ndarray]:
     """Token losses [B, S] before any step, from the logits of every prefix; and the engine's sums."""
     engine = build({})

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 app = typer.Typer(help="Turn text into domains, look into them, gather a demo corpus.", no_args_is_help=True)
 
@@ -66,7 +70,8 @@ def build(
     from rich.console import Console
 
     from rewarm.data.build import BuildSettings, build_domain
-    from rewarm.data.summary import build_table, progress_on
+    from rewarm.data.summary import progress_on
+    from rewarm.data.tokenizer import open_tokenizer, turn_end_warning
 
     settings = BuildSettings(
         inputs=tuple(inputs),
@@ -84,12 +89,16 @@ def build(
         workers=workers,
         overwrite=overwrite,
     )
+    opened = open_tokenizer(tokenizer, end_of_document=end_of_document, special_tokens=special_tokens.value)
+    warning = turn_end_warning(opened)
+    if warning is not None:
+        print(f"warning: {warning}", file=sys.stderr)
     console = Console()
     with progress_on(console, output.name) as on_progress:
         info, changed = build_domain(settings, on_progress)
     if not changed:
-        console.print(f"{output} already holds exactly this build; nothing to do.")
-    console.print(build_table(output, info))
+        print(f"{output} already holds exactly this build; nothing to do.")
+    _print_build(console, output, info)
 
 
 @app.command(no_args_is_help=True)
@@ -104,17 +113,14 @@ def inspect(
     Example: rewarm data inspect data/demo/python --documents 2
     """
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     from rewarm.data.summary import inspect_domain
 
     shown = inspect_domain(path, sequence_length, documents, tokenizer)
     console = Console()
-    table = Table(show_header=False)
-    for row in shown.rows:
-        table.add_row(*map(Text, row))
-    console.print(table)
+    for name, value in shown.rows:
+        print(f"{name:<18} {value}")
     for sample in shown.samples:
         console.rule(f"document {sample.document:,}, {sample.num_tokens:,} tokens")
         console.print(Text(sample.text))
@@ -138,13 +144,22 @@ def demo(
     from rich.console import Console
 
     from rewarm.data.demo import make_demo
-    from rewarm.data.summary import build_table, progress_on
+    from rewarm.data.summary import progress_on
 
     console = Console()
     with progress_on(console, "demo") as on_progress:
         made = make_demo(output, vocab_size, megabytes, on_progress)
     if not made.changed:
-        console.print(f"{output} is up to date; nothing to do.")
+        print(f"{output} is up to date; nothing to do.")
     for folder, info in made.domains.values():
-        console.print(build_table(folder, info))
-    console.print(f"tokenizer: {made.tokenizer}")
+        _print_build(console, folder, info)
+    print(f"tokenizer: {made.tokenizer}")
+
+
+def _print_build(console: Console, folder: Path, info: dict[str, Any]) -> None:
+    """A table under the path of its domain. Paths are not left to rich, which breaks them at the terminal's width."""
+    from rewarm.data.summary import build_caption, build_table
+
+    print(folder)
+    console.print(build_table(info))
+    print(build_caption(folder, info))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import typer
 
-from rewarm.cli import config, data, mixture, offload
+from rewarm.cli import config, data, mixture, offload, tokenizer
 from rewarm.cli.cancel import cancel
 from rewarm.cli.convert import convert
 from rewarm.cli.doctor import doctor
@@ -45,6 +45,7 @@ app.command("import")(import_)
 app.command("export")(export)
 app.command("convert")(convert)
 app.add_typer(data.app, name="data")
+app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(config.app, name="config")
 app.add_typer(mixture.app, name="mixture")
 app.add_typer(offload.app, name="offload")

@@ -41,9 +41,6 @@ class RunConfig(Section):
     deepspeed: DeepSpeed ZeRO around any causal language model of transformers."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of parameters and activations; the optimizer always keeps fp32 parameters."""
-    deterministic: bool = False
-    """Ask torch, cuBLAS, cuDNN, NCCL and the attention kernels for the same bits in every run of one layout on the same
-    machines; an operation that cannot is an error. Slower. For GPUs: on a CPU runs have the same bits without it."""
     tokenizer: PathText | None = None
     """Folder of a Hugging Face tokenizer; null means the parent's, or the one the domains were built with."""
     parent: PathText | None = None

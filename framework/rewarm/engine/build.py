@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rewarm.config.run import RunConfig
-from rewarm.engine import deterministic
 from rewarm.engine.base import Engine
 from rewarm.model.description import HuggingFaceModel, ModelDescription
 
@@ -24,10 +23,8 @@ def build_engine(config: RunConfig, model: ModelDescription, domain_names: Seque
         domain_names: the domains that :attr:`~rewarm.engine.base.Batch.domains` counts, in that order.
 
     Raises:
-        rewarm.errors.UserError: if the layout does not fit the ranks, the model or the batch, or the environment
-            contradicts ``config.deterministic``.
+        rewarm.errors.UserError: if the layout does not fit the ranks, the model or the batch.
     """
-    deterministic.prepare(config.deterministic)
     if isinstance(model, HuggingFaceModel):
         from rewarm.engine.deepspeed.engine import DeepSpeedEngine
 

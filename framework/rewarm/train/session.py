@@ -41,11 +41,9 @@ def run_session(config: RunConfig, watch: LoadWatch | None = None) -> None:
         UserError: for everything that the user can mend; nothing that was saved before is lost.
     """
     from rewarm.engine.build import build_engine
-    from rewarm.engine.deterministic import prepare_environment
     from rewarm.engine.environment import find_ranks
 
     ranks = find_ranks()
-    prepare_environment(config.deterministic)
     check_device()
     config = config.model_copy(update={"mixture": with_targets(config.mixture)})
     stage = resolve_stage(config, ranks.world_size)

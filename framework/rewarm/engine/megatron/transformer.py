@@ -75,7 +75,6 @@ def decoder_config(config: RunConfig, architecture: Architecture) -> DecoderConf
         hidden_dropout=0.0,
         attention_dropout=0.0,
         attention_softmax_in_fp32=True,
-        deterministic_mode=config.deterministic,
         # Weights are drawn by initialize.py, the same on every layout.
         perform_initialization=False,
         use_cpu_initialization=not device.is_gpu(),
