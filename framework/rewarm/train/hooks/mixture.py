@@ -9,6 +9,7 @@ from rewarm.evaluation.held_out import rotated_windows
 from rewarm.mixing.controller import Change, Gradients
 from rewarm.mixing.permutation import order_key
 from rewarm.mixing.weight_log import WeightLog
+from rewarm.tracking.console import weights_line
 from rewarm.tracking.metrics import read_lines
 from rewarm.train.hooks.base import Hook
 
@@ -36,6 +37,9 @@ class MixtureHook(Hook):
             self._controller.load_state_dict(run.extra_state["mixture"])
         self._interval = run.config.steps(run.config.evaluation.interval)
         self._log = WeightLog(run.folder / "mixture.jsonl") if run.engine.is_main else None
+        for entry in run.stage.planned:
+            if entry.sample > run.step * run.config.batch.global_batch_size:
+                run.tracker.message(weights_line(entry))
         self._update(run)
 
     def after_step(self, run: Run, record: StepRecord) -> None:
@@ -55,7 +59,7 @@ class MixtureHook(Hook):
             change = run.engine.broadcast(self._propose(run, at_sample, gradients) if run.engine.is_main else None)
             if change is not None:
                 run.feed.schedule(self._controller.commit(change, self._log))
-                run.tracker.message(f"weights from sample {at_sample}: {change.entry.reason}")
+                run.tracker.message(weights_line(change.entry))
         run.extra_state["mixture"] = self._controller.state_dict()
 
     def _gradients(self, run: Run) -> Gradients | None:
