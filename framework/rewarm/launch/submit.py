@@ -14,7 +14,7 @@ from rewarm.config.load import dump
 from rewarm.config.run import RunConfig
 from rewarm.engine.layout import check_layout
 from rewarm.errors import UserError
-from rewarm.launch.batch_script import JobRequest, Places, batch_script, is_apptainer, job_name
+from rewarm.launch.batch_script import JobRequest, Places, batch_script, check_printable, is_apptainer, job_name
 from rewarm.launch.records import CODE, CONFIG, SCRIPT, all_jobs, new_submission, write_jobs
 from rewarm.launch.slurm import Partition, choose_partition, find_jobs, parse_time, run_slurm
 from rewarm.mixing.mixers.build import with_targets
@@ -40,6 +40,7 @@ def check_submission(config: RunConfig, request: JobRequest, cluster: Cluster | 
     Raises:
         UserError: for the first thing that cannot work.
     """
+    check_printable(request, _places(config, request, config.folder.resolve()))
     partition = choose_partition(request.partition)
     messages = check_request(request, partition)
     if request.container is not None:
@@ -163,18 +164,22 @@ def write_submission(config: RunConfig, request: JobRequest) -> Path:
     container = request.container
     if container is not None and Path(container).exists():
         request = replace(request, container=str(Path(container).resolve()))
-    places = Places(
-        run=config.folder.resolve(),
-        submission=folder,
-        working_directory=Path.cwd(),
-        # Not resolved: the link is what makes it the interpreter of a virtual environment.
-        python=Path(sys.executable),
-        mounts=_mounts(config) if container else (),
-    )
+    places = _places(config, request, folder)
     script = folder / SCRIPT
     script.write_text(batch_script(request, places))
     script.chmod(0o755)
     return folder
+
+
+def _places(config: RunConfig, request: JobRequest, submission: Path) -> Places:
+    return Places(
+        run=config.folder.resolve(),
+        submission=submission,
+        working_directory=Path.cwd(),
+        # Not resolved: the link is what makes it the interpreter of a virtual environment.
+        python=Path(sys.executable),
+        mounts=_mounts(config) if request.container else (),
+    )
 
 
 def _mounts(config: RunConfig) -> tuple[Path, ...]:
