@@ -67,7 +67,7 @@ def resolve(*overrides: str) -> Stage:
         (["mixture.mixer=velocitune", TARGETS + "{a: 1, b: .nan}"], r"b: Input should be a finite .*given: nan"),
         (["mixture.mixer=velocitune", TARGETS + "none.json"], "cannot read the targets none.json"),
         (["mixture.mixer=velocitune", TARGETS + "some.json"], "targets has no value for domain 'b'"),
-        (["mixture.mixer=velocitune", TARGETS + "broken.json"], "broken.json holds no targets: NaN is no number"),
+        (["mixture.mixer=velocitune", TARGETS + "broken.json"], "targets of domain 'b' is nan"),
         (["mixture.mixer=skill_it", "mixture.skill_it.graph={a: {c: 1}}"], "the graph of skill_it names 'c'"),
         (["mixture.mixer=aioli", "mixture.aioli.probe_share=0.5"], "0.5 of 2 domains is no more than an equal share"),
         (["data.a.max_epochs=0.1"], "domain 'a' has .* windows and max_epochs=0.1, but 80 samples would take 40 of it"),
