@@ -9,8 +9,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from rewarm.config.extensions import import_extensions
 from rewarm.config.problems import explain, is_named, odd_values, short
-from rewarm.config.run import RunConfig
+from rewarm.config.run import RunConfig, run_schema
 from rewarm.config.yaml_text import DuplicateKey, dump_yaml, parse_yaml, read_mapping
 from rewarm.errors import UserError
 
@@ -98,10 +99,11 @@ def build(values: Mapping[str, Any], *, source: str = "configuration") -> RunCon
     Raises:
         UserError: one message that lists every problem.
     """
+    import_extensions(_extensions(values))
     lines = list(islice(odd_values(values), _MOST_ODD_VALUES))
     try:
         if not lines:
-            return RunConfig.model_validate(dict(values))
+            return run_schema().model_validate(dict(values))
     except ValidationError as error:
         lines = explain(error)
     lines = [_printable(line) for line in lines]
@@ -113,6 +115,13 @@ def _printable(line: str) -> str:
     """A problem as a terminal can show it: whole characters, and not a page of them."""
     line = line.encode("utf-8", "backslashreplace").decode()
     return line if len(line) <= _LONGEST_LINE else f"{line[: _LONGEST_LINE // 2]} … {line[-_LONGEST_LINE // 2 :]}"
+
+
+def _extensions(values: Mapping[str, Any]) -> list[str]:
+    """The names of the extensions; what is no list of names is left to the schema to refuse."""
+    given = values.get("extensions") or []
+    names = [given] if isinstance(given, str) else given
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list | dict) else []
 
 
 def dump(config: RunConfig) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from rewarm.config.run import RunConfig
+from rewarm.config.run import run_schema
 from rewarm.config.section import alternatives
 from rewarm.config.yaml_text import MOST_DEPTH
 from rewarm.errors import nearest
@@ -108,7 +108,7 @@ def clean(location: Sequence[int | str]) -> list[str]:
 
 def annotation_at(location: Sequence[str]) -> Any:
     """The type of a setting, None where there is none of that name; dictionary and list levels are passed through."""
-    current: Any = RunConfig
+    current: Any = run_schema()
     for part in location:
         section = next((a for a in alternatives(current) if _is_section(a)), None)
         if section is not None:

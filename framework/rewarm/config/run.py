@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, create_model, field_validator, model_validator
 
 from rewarm.config.data import DomainConfig
 from rewarm.config.deepspeed import DeepSpeedConfig, check_engine
+from rewarm.config.extensions import digest_of
 from rewarm.config.mixture import MixtureConfig, ReplayConfig
 from rewarm.config.model import ModelConfig
 from rewarm.config.offload import OffloadConfig, check_offload
 from rewarm.config.paths import PathText
+from rewarm.config.registry import MIXERS, Registry
 from rewarm.config.section import MOST_TOKENS, Duration, Section, parse_duration, resolve_duration
 from rewarm.config.training import (
     BatchConfig,
@@ -30,6 +33,9 @@ from rewarm.config.training import (
 class RunConfig(Section):
     """One stage of training: one YAML file, one run folder."""
 
+    extensions: dict[str, str] = Field(default_factory=dict)
+    """Modules with methods of your own, as a list of names. The resolved configuration keeps the digest of each file,
+    and a resume refuses another one."""
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)
     """Name of the run and of its folder."""
     runs_folder: PathText = "runs"
@@ -86,6 +92,18 @@ class RunConfig(Section):
     """Settings of the megatron engine."""
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     """Settings of the deepspeed engine."""
+
+    @field_validator("extensions", mode="before")
+    @classmethod
+    def _digests(cls, value: Any) -> Any:
+        names = [value] if isinstance(value, str) else value
+        if not isinstance(names, list | dict) or not all(isinstance(name, str) for name in names):
+            return value
+        found = {name: digest_of(name) for name in names}
+        for name, digest in value.items() if isinstance(value, dict) else []:
+            if digest != found[name]:
+                raise ValueError(f"the file of {name} changed: its digest was {digest}, and is {found[name]}")
+        return found
 
     @field_validator("data", mode="before")
     @classmethod
@@ -153,6 +171,25 @@ class RunConfig(Section):
             return None
         tokens = resolve_duration(duration, tokens_per_step=self.tokens_per_step, total_tokens=self.total_tokens)
         return tokens // self.tokens_per_step
+
+
+CHOICES: dict[str, Registry[Any]] = {"mixture": MIXERS}
+"""The section of each field that chooses a method by name."""
+
+
+def run_schema() -> type[RunConfig]:
+    """:class:`RunConfig`, or a subclass that also takes the methods which extensions have registered."""
+    return _schema_of(tuple(registry.current for registry in CHOICES.values()))
+
+
+@cache
+def _schema_of(sections: tuple[type[Section], ...]) -> type[RunConfig]:
+    changed: dict[str, Any] = {
+        name: (section, section())
+        for name, section in zip(CHOICES, sections, strict=True)
+        if section is not RunConfig.model_fields[name].annotation
+    }
+    return create_model("RunConfig", __base__=RunConfig, **changed) if changed else RunConfig
 
 
 def _check_lineage(config: RunConfig) -> None:

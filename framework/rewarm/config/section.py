@@ -9,6 +9,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
 
 MOST_TOKENS = 2**62
 """Longest length of training that is counted; sample indices and tokens are signed 64-bit integers."""
@@ -115,3 +116,17 @@ def resolve_duration(text: str, *, tokens_per_step: int, total_tokens: int | Non
 
 Duration = Annotated[str, BeforeValidator(_needs_unit), AfterValidator(_check_duration)]
 """A length of training: ``"200 steps"``, ``"1e9 tokens"`` or ``"5%"`` of the run."""
+
+
+def is_duration(field: FieldInfo) -> bool:
+    """True if a setting is a duration."""
+    return any(isinstance(part, AfterValidator) and part.func is _check_duration for part in field.metadata)
+
+
+def check_shares(weights: dict[str, float], where: str) -> None:
+    """Refuse weights by domain that are no mixture; ``where`` names the setting in the message."""
+    for name, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"weight of domain {name!r} in {where} is {weight}: it must be finite and not negative")
+    if sum(weights.values()) <= 0:
+        raise ValueError(f"{where} sum to 0: give at least one domain a positive weight")

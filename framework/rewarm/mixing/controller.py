@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from rewarm.config.mixture import MixtureConfig, PhaseConfig
+from rewarm.config.mixture import MixtureConfig
 from rewarm.errors import UserError
 from rewarm.mixing.mixers.base import Mixer, Observation
+from rewarm.mixing.mixers.phased import PhaseConfig
 from rewarm.mixing.mixture import blend
 from rewarm.mixing.objective import is_estimable, objective_weights
 from rewarm.mixing.repetition import cap_weights

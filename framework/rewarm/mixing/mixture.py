@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from rewarm.config.mixture import (
-    ConditioningConfig,
-    MixtureConfig,
-    PhaseConfig,
-    ReplayConfig,
-    TemperatureConfig,
-    UniMaxConfig,
-)
+from rewarm.config.mixture import ConditioningConfig, MixtureConfig, ReplayConfig
+from rewarm.config.registry import MIXERS
 from rewarm.errors import UserError
-from rewarm.mixing.mixers.fixed import temperature_weights, unimax_weights
+from rewarm.mixing.clock import Clock, falls_to, inside
 from rewarm.mixing.objective import objective_weights
 from rewarm.mixing.weight_log import WeightEntry
 from rewarm.mixing.weights import check_weights, quantise
-
-
-@dataclass(frozen=True, slots=True)
-class Clock:
-    """What a stage's durations and triggers are counted by."""
-
-    total_steps: int
-    global_batch_size: int
-    steps: Callable[[str], int]
-    """A duration in whole steps."""
-    learning_rate: Callable[[int], float]
-    """Learning rate of a step, counted from 0."""
 
 
 def initial_weights(
@@ -67,7 +48,8 @@ def initial_weights(
             fix="set replay.fraction=0, or name the old data under data and give it a weight",
         )
     budget = None if total_tokens is None else total_tokens * (1 - replay.fraction)
-    return blend(new_shares(mixture, tokens, budget), replayed, replay.fraction)
+    start = MIXERS[mixture.mixer].target.start(mixture.settings, mixture.weights, tokens, budget)
+    return blend(start, replayed, replay.fraction)
 
 
 def planned_changes(
@@ -86,23 +68,12 @@ def planned_changes(
     Raises:
         UserError: if a trigger lies outside the stage.
     """
-    settings = mixture.settings
-    changes: list[tuple[int, dict[str, float], str]] = []
-    if isinstance(settings, TemperatureConfig) and settings.cooldown_at is not None:
-        step = _inside(
-            clock.steps(settings.cooldown_at), clock, f"mixture.temperature.cooldown_at={settings.cooldown_at}"
-        )
-        cool = temperature_weights(np.array(list(tokens.values())), settings.cooldown_temperature)
-        changes.append(
-            (step, dict(zip(tokens, cool.tolist(), strict=True)), f"temperature {settings.cooldown_temperature}")
-        )
-    for number, phase in enumerate(mixture.phases):
-        if phase.loss_below is None:
-            changes.append((_begin(phase, number, clock), phase.weights, f"phase {number}"))
+    changes = MIXERS[mixture.mixer].target.planned(mixture.settings, tokens, clock)
     entries = []
-    for step, shares, reason in sorted(changes, key=lambda change: change[0]):
-        names, weights = blend({name: shares[name] for name in tokens}, replayed, replay.fraction)
-        entries.append(planned_entry(mixture, step * clock.global_batch_size, names, weights, reason))
+    for change in sorted(changes, key=lambda change: change.step):
+        names, weights = blend({name: change.shares[name] for name in tokens}, replayed, replay.fraction)
+        sample = change.step * clock.global_batch_size
+        entries.append(planned_entry(mixture, sample, names, weights, change.reason))
     return entries
 
 
@@ -162,14 +133,6 @@ def check_objective(objective: Mapping[str, float], sampled: Mapping[str, int], 
             )
 
 
-def _begin(phase: PhaseConfig, number: int, clock: Clock) -> int:
-    where = f"mixture.phased.phases[{number}]"
-    if phase.at is not None:
-        return _inside(clock.steps(phase.at), clock, f"{where}.at={phase.at}")
-    assert phase.learning_rate_fraction is not None
-    return _falls_to(phase.learning_rate_fraction, clock, where)
-
-
 def cooldown_sample(conditioning: ConditioningConfig, clock: Clock) -> int:
     """Global sample index at which metadata conditioning ends.
 
@@ -178,54 +141,9 @@ def cooldown_sample(conditioning: ConditioningConfig, clock: Clock) -> int:
     """
     where, fraction = "mixture.conditioning", conditioning.until_learning_rate_fraction
     if fraction is not None:
-        return _falls_to(fraction, clock, where) * clock.global_batch_size
+        return falls_to(fraction, clock, where) * clock.global_batch_size
     until = conditioning.until or "90%"
-    return _inside(clock.steps(until), clock, f"{where}.until={until}") * clock.global_batch_size
-
-
-def _falls_to(fraction: float, clock: Clock, where: str) -> int:
-    """The first step after the peak whose learning rate is at most this fraction of it."""
-    rates = [clock.learning_rate(step) for step in range(clock.total_steps)]
-    peak = int(np.argmax(rates))
-    below = [step for step in range(peak, clock.total_steps) if rates[step] <= fraction * rates[peak]]
-    if not below:
-        raise UserError(
-            f"{where} waits for {fraction} of the peak learning rate, but the lowest after it is "
-            f"{min(rates[peak:]) / rates[peak]:.3g} of it",
-            fix="let the schedule decay further, or raise the fraction",
-        )
-    return below[0]
-
-
-def _inside(step: int, clock: Clock, what: str) -> int:
-    if not 0 < step < clock.total_steps:
-        raise UserError(
-            f"{what} is step {step}, and the stage has {clock.total_steps} steps",
-            fix="let it begin after the first step and before the last",
-        )
-    return step
-
-
-def new_shares(mixture: MixtureConfig, tokens: Mapping[str, int], budget: float | None) -> dict[str, float]:
-    """Weights of the new domains among themselves at the start, any scale.
-
-    Args:
-        mixture: the configuration section.
-        tokens: training tokens of each new domain.
-        budget: target tokens that the stage trains on new domains; mixer unimax needs it.
-    """
-    settings, sizes = mixture.settings, np.array(list(tokens.values()), dtype=np.float64)
-    if isinstance(settings, TemperatureConfig):
-        shares = temperature_weights(sizes, settings.temperature)
-    elif isinstance(settings, UniMaxConfig):
-        assert budget is not None, "unimax needs the stage's tokens"
-        shares = unimax_weights(sizes, budget, settings.max_epochs)
-    elif mixture.mixer == "proportional" or (mixture.mixer == "ado" and mixture.weights is None):
-        shares = sizes
-    else:
-        weights = mixture.weights or dict.fromkeys(tokens, 1.0)
-        return {name: weights[name] for name in tokens}
-    return dict(zip(tokens, shares.tolist(), strict=True))
+    return inside(clock.steps(until), clock, f"{where}.until={until}") * clock.global_batch_size
 
 
 def blend(

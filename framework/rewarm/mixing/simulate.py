@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
+from rewarm.config.registry import MIXERS, Method
+from rewarm.config.section import Section, is_duration, parse_duration
 from rewarm.errors import UserError, nearest
 from rewarm.mixing.loss_table import LossLine
-from rewarm.mixing.mixers import MIXERS
-from rewarm.mixing.mixers.base import Mixer, Observation, by_domain
-from rewarm.mixing.mixers.build import graph_matrix
-from rewarm.mixing.mixers.fixed import StaticMixer, temperature_weights, unimax_weights
+from rewarm.mixing.mixers.base import Mixer, MixerContext, Observation, by_domain
 from rewarm.mixing.weights import TOTAL, check_weights, fractions, quantise
-
-BY_SIZE = ("proportional", "temperature", "unimax")
-"""Mixers that take ``weights`` as the domains' tokens and keep what they make of them."""
 
 ABBREVIATIONS = {"dbl": "dynamic_batch_loading", "sheared_llama": "dynamic_batch_loading"}
 _SYMBOLS = {"eta": "step_size"}
@@ -38,8 +34,8 @@ def simulate(
     weights as they are, except under mixers that take a domain which was not measured (doremi, odm).
 
     Args:
-        name: one of :data:`rewarm.mixing.mixers.MIXERS`, or of :data:`BY_SIZE`.
-        weights: start weights by domain, any scale; under :data:`BY_SIZE` the domains' tokens.
+        name: a registered mixer.
+        weights: start weights by domain, any scale; the domains' tokens for a mixer that computes its weights.
         table: one line per update.
         initial: losses before training (velocitune); None takes the first line.
         targets: losses to reach (velocitune, dynamic_batch_loading), or the reference model's (doremi).
@@ -73,7 +69,7 @@ def _update(mixer: Mixer, line: LossLine, trained: int) -> dict[str, Any]:
         )
     losses = np.array([line.losses[name] for name in mixer.names], dtype=np.float64)
     bad = [name for name, loss in zip(mixer.names, losses.tolist(), strict=True) if not np.isfinite(loss)]
-    if bad and mixer.name not in ("doremi", "odm", "static"):
+    if bad and not mixer.takes_missing_losses:
         mixer.note = f"weights kept: the loss of {bad[0]} is not a finite number"
     else:
         mixer.update(_observation(mixer, line, losses, trained))
@@ -129,60 +125,62 @@ def _make(
     targets: Mapping[str, float] | None,
     settings: dict[str, Any],
 ) -> Mixer:
-    name = ABBREVIATIONS.get(name, name)
-    if name in BY_SIZE:
-        return StaticMixer(names, _by_size(name, weights, settings))
-    if name not in MIXERS:
-        known = [*MIXERS, *BY_SIZE]
-        guess = nearest(name, known)
-        raise UserError(
-            f"there is no mixer {name!r}: {', '.join(known)}", fix=f"did you mean {guess!r}?" if guess else None
-        )
-    accepted = inspect.signature(MIXERS[name].__init__).parameters
-    arguments = _numbers(
-        name, settings, [key for key, p in accepted.items() if p.kind is p.KEYWORD_ONLY], "graph" in accepted
+    method = MIXERS[ABBREVIATIONS.get(name, name)]
+    given = {_SYMBOLS.get(key, key): value for key, value in settings.items()}
+    batch_size = _number(method, "batch_size", given.pop("batch_size", 64))
+    total_tokens = given.pop("total_tokens", None)
+    section = _section(method, given, targets)
+    if not method.target.takes_weights:
+        weights = _start(method, section, dict(zip(names, weights.tolist(), strict=True)), total_tokens)
+    context = MixerContext(
+        names,
+        weights,
+        steps=lambda text: int(parse_duration(text)[0]),
+        batch_size=int(batch_size),
+        initial_losses=None if initial is None else by_domain(initial, names, "--initial"),
     )
-    if "graph" in accepted:
-        arguments["graph"] = graph_matrix(settings.get("graph", {}), names)
-    for parameter in ("targets", "reference"):
-        if parameter in accepted:
-            if targets is None:
-                raise UserError(f"mixer {name} needs --targets, a loss for every domain")
-            arguments[parameter] = by_domain(targets, names, "--targets")
-    if "initial" in accepted and initial is not None:
-        arguments["initial"] = by_domain(initial, names, "--initial")
-    return MIXERS[name](names, weights, **arguments)
+    mixer: Mixer = method.target.build_for_table(context, section)
+    return mixer
 
 
-def _by_size(name: str, tokens: np.ndarray, settings: dict[str, Any]) -> np.ndarray:
-    if not (tokens > 0).all():
-        raise UserError(f"mixer {name} takes --weights as the domains' tokens, which must be positive")
-    if name == "temperature":
-        given = _numbers(name, settings, ["temperature"], False)
-        return temperature_weights(tokens, given.get("temperature", 5.0))
-    if name == "unimax":
-        given = _numbers(name, settings, ["max_epochs", "total_tokens"], False)
-        if "total_tokens" not in given:
-            raise UserError("mixer unimax needs --set total_tokens=NUMBER, what the stage trains on")
-        return unimax_weights(tokens, given["total_tokens"], given.get("max_epochs", 4.0))
-    _numbers(name, settings, [], False)
-    return tokens
+def _start(method: Method[Any], section: Section | None, tokens: dict[str, float], total: Any) -> np.ndarray:
+    """The weights of a mixer that computes them, from ``--weights`` as the domains' tokens."""
+    if not all(size > 0 for size in tokens.values()):
+        raise UserError(f"mixer {method.name} takes --weights as the domains' tokens, which must be positive")
+    if total is None and method.name == "unimax":
+        raise UserError("mixer unimax needs --set total_tokens=NUMBER, what the stage trains on")
+    budget = None if total is None else _number(method, "total_tokens", total)
+    return np.array(list(method.target.start(section, None, tokens, budget).values()), dtype=np.float64)
 
 
-def _numbers(name: str, settings: Mapping[str, Any], known: list[str], has_graph: bool) -> dict[str, Any]:
-    """The settings that are numbers, by their full names, each checked."""
-    numbers: dict[str, Any] = {}
-    for key, value in settings.items():
-        key = _SYMBOLS.get(key, key)
-        if has_graph and key == "graph":
-            continue
-        if key not in known:
-            guess = nearest(key, known)
+def _section(method: Method[Any], given: dict[str, Any], targets: Mapping[str, float] | None) -> Section | None:
+    """The mixer's section from ``--set`` and ``--targets``. A duration may be given as a number of steps."""
+    fields = {} if method.settings is None else method.settings.model_fields
+    for name, value in given.items():
+        if name not in fields:
+            guess = nearest(name, list(fields))
             raise UserError(
-                f"mixer {name} has no setting {key!r}; it has {', '.join(known) or 'none'}",
+                f"mixer {method.name} has no setting {name!r}; it has {', '.join(fields) or 'none'}",
                 fix=f"did you mean {guess!r}?" if guess else None,
             )
-        if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value) or value < 0:
-            raise UserError(f"{key}={value!r} of mixer {name} must be a finite number that is not negative")
-        numbers[key] = value
-    return numbers
+        if is_duration(fields[name]) and isinstance(value, int):
+            given[name] = f"{_number(method, name, value)} steps"
+    for name in {"targets", "reference"} & set(fields):
+        if targets is None:
+            raise UserError(f"mixer {method.name} needs --targets, a loss for every domain")
+        given[name] = dict(targets)
+    if method.settings is None:
+        return None
+    try:
+        return method.settings.model_validate(given)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        raise UserError(f"{name}={problem['input']!r} of mixer {method.name}: {message}") from error
+
+
+def _number(method: Method[Any], name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value) or value < 0:
+        raise UserError(f"{name}={value!r} of mixer {method.name} must be a finite number that is not negative")
+    return value

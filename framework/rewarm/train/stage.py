@@ -17,10 +17,10 @@ from rewarm.data.conditioning import Conditioning, prefix_tokens
 from rewarm.data.domain import Domain, open_domain
 from rewarm.engine.layout import check_layout
 from rewarm.errors import UserError
+from rewarm.mixing.clock import Clock
 from rewarm.mixing.controller import MixtureController
 from rewarm.mixing.mixers.build import build_mixer
 from rewarm.mixing.mixture import (
-    Clock,
     check_phases_by_loss,
     cooldown_sample,
     initial_weights,

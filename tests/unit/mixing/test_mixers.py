@@ -17,10 +17,12 @@ from rewarm.mixing.mixers.base import Mixer, Observation, by_domain, exponentiat
 from rewarm.mixing.mixers.doge import DoGEMixer
 from rewarm.mixing.mixers.doremi import DoReMiMixer
 from rewarm.mixing.mixers.dynamic_batch_loading import DynamicBatchLoadingMixer
-from rewarm.mixing.mixers.fixed import StaticMixer, temperature_weights, unimax_weights
 from rewarm.mixing.mixers.odm import ODMMixer
 from rewarm.mixing.mixers.pike import PiKEMixer
 from rewarm.mixing.mixers.skill_it import SkillItMixer
+from rewarm.mixing.mixers.static import StaticMixer
+from rewarm.mixing.mixers.temperature import temperature_weights
+from rewarm.mixing.mixers.unimax import unimax_weights
 from rewarm.mixing.mixers.velocitune import VelocituneMixer
 
 NAMES = ["a", "b", "c"]

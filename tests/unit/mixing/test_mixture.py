@@ -7,7 +7,8 @@ import pytest
 from rewarm.config.load import build
 from rewarm.config.mixture import ConditioningConfig, MixtureConfig, ReplayConfig
 from rewarm.errors import UserError
-from rewarm.mixing.mixture import Clock, cooldown_sample, initial_weights, planned_changes
+from rewarm.mixing.clock import Clock
+from rewarm.mixing.mixture import cooldown_sample, initial_weights, planned_changes
 from rewarm.mixing.weights import TOTAL
 
 

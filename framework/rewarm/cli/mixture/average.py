@@ -25,17 +25,17 @@ def average(
     """
     import yaml
 
+    from rewarm.config.registry import MIXERS
     from rewarm.mixing.average import average_shares
-    from rewarm.mixing.mixers import MIXERS
     from rewarm.mixing.weight_log import WeightLog
 
     state, _ = run_facts(run)
     config = yaml.safe_load((run / "config.yaml").read_text())
-    mixer = MIXERS.get(config["mixture"]["mixer"])
+    mixer = MIXERS[config["mixture"]["mixer"]].target
     shares = average_shares(
         WeightLog(run / "mixture.jsonl").entries(),
         int(state["sampler"]["sample_index"]),
         list(config["data"]),
-        objective=mixer is not None and mixer.steers_objective,
+        objective=mixer.steers_objective,
     )
     sys.stdout.write(json.dumps({name: round(share, 9) for name, share in shares.items()}) + "\n")

@@ -3,17 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+from pydantic import Field
 
-from rewarm.mixing.mixers.base import Mixer, Observation
+from rewarm.config.registry import MIXERS
+from rewarm.config.section import Duration, Section
+from rewarm.mixing.mixers.base import Mixer, MixerContext, Observation
 from rewarm.mixing.power_law import fit_power_law
 
 _LEAST_POINTS = 4
 _LEAST_EXPONENT = 0.05
 
 
+class ADOConfig(Section):
+    """Adaptive data optimisation: weights from a scaling law of each domain, refitted as it trains (Jiang et al. 2024).
+
+    Defaults are those of the published code.
+    """
+
+    warmup: Duration = "1000 steps"
+    """Weights stay natural until then; the losses before it are left out of the fits."""
+    smoothing: float = Field(0.1, gt=0, le=1)
+    """Weight of the newest preference against the average of all before it."""
+    credit_decay: float = Field(0.9, ge=0, lt=1)
+    """How slowly the credit for data seen recently follows the weights."""
+    credit_power: float = Field(0.5, ge=0)
+    """Exponent of that credit."""
+    floor: float = Field(0.01, ge=0, lt=1)
+    """Smallest share of a domain."""
+
+
+@MIXERS.register("ado", settings=ADOConfig)
 class ADOMixer(Mixer):
     """Jiang et al., "Adaptive Data Optimization: Dynamic Sample Selection with Scaling Laws", 2024.
 
@@ -57,6 +79,22 @@ class ADOMixer(Mixer):
         self.count, self.tokens = 0, 0
         self.history: list[list[list[float]]] = [[] for _ in self.names]
         """For each domain its (tokens of all domains, loss) pairs."""
+
+    @classmethod
+    def start(
+        cls, settings: Any, given: Mapping[str, float] | None, tokens: Mapping[str, int], budget: float | None
+    ) -> dict[str, float]:
+        """Those given, else natural ones: in proportion to the domains' tokens."""
+        return super().start(settings, given or {name: float(size) for name, size in tokens.items()}, tokens, budget)
+
+    @classmethod
+    def build(cls, context: MixerContext, settings: ADOConfig) -> Self:
+        """With the warm-up in steps."""
+        return cls(
+            context.names, context.weights,
+            warmup=context.steps(settings.warmup), smoothing=settings.smoothing, credit_decay=settings.credit_decay,
+            credit_power=settings.credit_power, floor=settings.floor,
+        )  # fmt: skip
 
     def _next(self, observation: Observation) -> np.ndarray:
         losses, counts = observation.training_losses, observation.training_counts

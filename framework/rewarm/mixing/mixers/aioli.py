@@ -6,13 +6,36 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 
+from rewarm.config.registry import MIXERS
+from rewarm.config.section import Section
 from rewarm.errors import UserError
-from rewarm.mixing.mixers.base import Mixer, Observation, softmax
+from rewarm.mixing.mixers.base import Mixer, MixerContext, Observation, softmax
 from rewarm.mixing.permutation import KeyedPermutation, order_key
 
 _LEAST_SINGULAR_VALUE = 0.05
 """Of the probes' mixtures, against the largest: below it they do not tell the domains apart."""
+
+
+class AioliConfig(Section):
+    """Weights from how much training on each domain lowers every loss, measured by probes (Chen et al. 2024).
+
+    At each evaluation of a round's first part another domain's probe begins; then the mixture that they ask for holds.
+    The probes are ordinary training steps of the run.
+    """
+
+    step_size: float = Field(0.2, gt=0)
+    """Factor before the exponential; 0.1 to 0.5 in the published runs."""
+    probe_share: float = Field(0.625, gt=0, le=1)
+    """Share of the probed domain among the new ones, above an equal share; the others divide the rest. The published
+    runs take 0.5 to 0.625."""
+    probes_per_domain: int = Field(4, ge=1)
+    """Probes of each domain in a round, one evaluation interval each; 4 in the published runs."""
+    hold: int = Field(16, ge=1)
+    """Evaluations that the mixture holds before the next round of probes."""
+    matrix_decay: float = Field(0.0, ge=0, lt=1)
+    """Share of the older rounds' measurements that each round keeps."""
 
 
 class AioliMixer(Mixer):
@@ -49,6 +72,7 @@ class AioliMixer(Mixer):
         return softmax(self.step_size * interaction_matrix(mixes, drops).sum(axis=0))
 
 
+@MIXERS.register("aioli", settings=AioliConfig)
 class AioliRounds(Mixer):
     """Aioli inside a run: rounds of probes, then the mixture they ask for, all of it ordinary training.
 
@@ -108,6 +132,11 @@ class AioliRounds(Mixer):
         """Probes begun since the start of the run; evaluations that the mixture has held, -1 while probing."""
         self.mixes: list[list[float]] = []
         self.drops: list[list[float]] = []
+
+    @classmethod
+    def build_for_table(cls, context: MixerContext, settings: AioliConfig) -> Mixer:
+        """The rule alone: a table brings its own probes."""
+        return AioliMixer(context.names, context.weights, step_size=settings.step_size)
 
     def _next(self, observation: Observation) -> np.ndarray:
         losses, counts = observation.losses, observation.training_counts

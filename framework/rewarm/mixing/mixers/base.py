@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
+from pydantic import Field
 
+from rewarm.config.section import Section
 from rewarm.errors import UserError, nearest
+from rewarm.mixing.clock import Clock
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,50 @@ class Observation:
     """float64 [P, K]; how much each probe lowered each domain's held-out loss, in nats."""
 
 
+def _no_reference(place: str) -> Mapping[str, float]:
+    raise UserError(f"{place} cannot be read here", fix="give the losses by domain")
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedChange:
+    """A change of the new domains' weights that is known before the stage begins."""
+
+    step: int
+    """The step from which it holds."""
+    shares: Mapping[str, float]
+    """Weight of each new domain, any scale."""
+    reason: str
+    """For the weight log."""
+
+
+class GradientSettings(Section):
+    """What the mixers that compare gradients have in common."""
+
+    windows_per_domain: int | None = Field(None, ge=2)
+    """Held-out windows of each new domain whose gradients an update compares, others at every update in turn. An update
+    costs a forward and a backward pass over them; the noise of what it measures falls with the square root of their
+    number. Null means an eighth of evaluation.windows_per_domain, so that an update costs no more than the evaluation
+    before it. All of them when the split has fewer."""
+
+
+@dataclass(frozen=True, slots=True)
+class MixerContext:
+    """What a mixer is built from besides its settings."""
+
+    names: Sequence[str]
+    """The new domains."""
+    weights: np.ndarray
+    """float64 [K], the fractions that the stage starts with."""
+    steps: Callable[[str], int]
+    """A duration in whole steps of the stage."""
+    reference: Callable[[str], Mapping[str, float]] = _no_reference
+    """Held-out losses by domain that a path of a run or a file names."""
+    batch_size: int = 64
+    """Samples of a step."""
+    initial_losses: np.ndarray | None = None
+    """float64 [K], losses before training where they are known beforehand; None in a run."""
+
+
 class Mixer(ABC):
     """Decides the weights of the new domains.
 
@@ -53,6 +100,10 @@ class Mixer(ABC):
     """Fields of :class:`Observation` that an update reads; empty for a mixer that is never updated."""
     steers_objective: ClassVar[bool] = False
     """True if its weights are shares of the loss, while the samples keep theirs."""
+    takes_weights: ClassVar[bool] = True
+    """False if it computes the weights that the stage starts with from the domains' sizes."""
+    takes_missing_losses: ClassVar[bool] = False
+    """True if an update can do with a domain whose loss was not measured (NaN)."""
 
     def __init__(self, names: Sequence[str], weights: np.ndarray) -> None:
         self.names = list(names)
@@ -60,10 +111,60 @@ class Mixer(ABC):
         self.note = ""
         """What was special about the last update; it goes into the weight log."""
 
+    @classmethod
+    def build(cls, context: MixerContext, settings: Any) -> Self:
+        """The mixer of a run. As it stands, each setting becomes the constructor's argument of the same name.
+
+        Args:
+            context: of the stage.
+            settings: the mixer's own section; None if it has none.
+        """
+        values = {} if settings is None else {name: getattr(settings, name) for name in type(settings).model_fields}
+        return cls(context.names, context.weights, **values)
+
+    @classmethod
+    def build_for_table(cls, context: MixerContext, settings: Any) -> Mixer:
+        """The mixer that ``rewarm mixture simulate`` feeds with a table of losses; usually that of a run."""
+        return cls.build(context, settings)
+
+    @classmethod
+    def start(
+        cls, settings: Any, given: Mapping[str, float] | None, tokens: Mapping[str, int], budget: float | None
+    ) -> dict[str, float]:
+        """Weights of the new domains at the first sample, any scale. As it stands, those given, else equal ones.
+
+        Args:
+            settings: the mixer's own section.
+            given: ``mixture.weights``.
+            tokens: training tokens of each new domain, in the configuration's order.
+            budget: target tokens that the stage trains on new domains; None where it is not known.
+        """
+        weights = given or dict.fromkeys(tokens, 1.0)
+        return {name: weights[name] for name in tokens}
+
+    @classmethod
+    def planned(cls, settings: Any, tokens: Mapping[str, int], clock: Clock) -> list[PlannedChange]:
+        """The changes of weights that do not depend on any loss. As it stands, none.
+
+        Raises:
+            UserError: if one lies outside the stage.
+        """
+        return []
+
+    @classmethod
+    def is_updated(cls, settings: Any) -> bool:
+        """True if evaluations can change the weights."""
+        return bool(cls.needs)
+
+    @classmethod
+    def compares_gradients(cls) -> bool:
+        """True if an update reads gradients of the domains."""
+        return any("gradient" in field for field in cls.needs)
+
     @property
     def needs_gradients(self) -> bool:
         """True if an update reads gradients of the domains."""
-        return any("gradient" in field for field in self.needs)
+        return self.compares_gradients()
 
     def update(self, observation: Observation) -> np.ndarray:
         """Next weights.

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+from pydantic import Field
 
-from rewarm.mixing.mixers.base import Mixer, Observation, exponentiated_gradient
+from rewarm.config.registry import MIXERS
+from rewarm.mixing.mixers.base import GradientSettings, Mixer, MixerContext, Observation, exponentiated_gradient
 
 
+class DoGEConfig(GradientSettings):
+    """More of what lowers the loss on the others too, by the inner products of gradients (Fan et al. 2023)."""
+
+    learning_rate: float = Field(5e-4, gt=0)
+    """Factor of the products, and a fifth of the largest score; the proxy's learning rate in the paper."""
+    regularisation: float = Field(0.01, gt=0)
+    """Strength of the pull towards the last weights; 0.01 in the published universal runs."""
+
+
+@MIXERS.register("doge", settings=DoGEConfig)
 class DoGEMixer(Mixer):
     """Fan et al., "DoGE: Domain Reweighting with Generalization Estimation", 2023 (universal generalization).
 
@@ -35,6 +47,14 @@ class DoGEMixer(Mixer):
         super().__init__(names, weights)
         self.learning_rate, self.regularisation = learning_rate, regularisation
         self._sum, self._count = np.zeros(len(self.names)), 0
+
+    @classmethod
+    def build(cls, context: MixerContext, settings: DoGEConfig) -> Self:
+        """Without the number of windows, which is the evaluation's."""
+        return cls(
+            context.names, context.weights,
+            learning_rate=settings.learning_rate, regularisation=settings.regularisation,
+        )  # fmt: skip
 
     def _next(self, observation: Observation) -> np.ndarray:
         products = observation.gradient_products

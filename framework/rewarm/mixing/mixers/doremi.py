@@ -3,13 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+from pydantic import Field
 
-from rewarm.mixing.mixers.base import Mixer, Observation, exponentiated_gradient
+from rewarm.config.paths import PathText
+from rewarm.config.registry import MIXERS
+from rewarm.config.section import Section
+from rewarm.mixing.mixers.base import Mixer, MixerContext, Observation, by_domain, exponentiated_gradient
 
 
+class DoReMiConfig(Section):
+    """Weights of the loss, not of the samples, that grow where the model is worse than a reference (Xie et al. 2023).
+
+    The samples keep ``mixture.weights``, equal if not given, which is also what the weights of the loss start from.
+    The method's result is their mean: ``rewarm mixture average RUN``.
+    """
+
+    reference: dict[str, float] | PathText
+    """Held-out loss of a reference model on each new domain, in nats per token; or a run or checkpoint that evaluated
+    the same held-out windows; or the output of ``rewarm evaluate --json``."""
+    step_size: float = Field(1.0, gt=0)
+    """Factor of the excess losses, which are clipped at 0; 1 in the paper."""
+    floor: float = Field(1e-3, ge=0, lt=1)
+    """Share of the loss that is spread equally; the paper's smoothing."""
+
+
+@MIXERS.register("doremi", settings=DoReMiConfig)
 class DoReMiMixer(Mixer):
     """Xie et al., "DoReMi: Optimizing Data Mixtures Speeds Up Language Model Pretraining", 2023.
 
@@ -31,6 +52,7 @@ class DoReMiMixer(Mixer):
     name = "doremi"
     needs = ("losses",)
     steers_objective = True
+    takes_missing_losses = True
 
     def __init__(
         self,
@@ -50,6 +72,14 @@ class DoReMiMixer(Mixer):
     def average(self) -> np.ndarray:
         """float64 [K]; mean of the weights so far, the method's result."""
         return self._sum / self._count if self._count else self.weights.copy()
+
+    @classmethod
+    def build(cls, context: MixerContext, settings: DoReMiConfig) -> Self:
+        """With the reference's losses in the order of the domains."""
+        given = settings.reference
+        losses = context.reference(given) if isinstance(given, str) else given
+        reference = by_domain(losses, context.names, "mixture.doremi.reference")
+        return cls(context.names, context.weights, reference, step_size=settings.step_size, floor=settings.floor)
 
     def _next(self, observation: Observation) -> np.ndarray:
         assert observation.losses is not None

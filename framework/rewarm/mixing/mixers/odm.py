@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+from pydantic import Field
 
-from rewarm.mixing.mixers.base import Mixer, Observation, softmax
+from rewarm.config.registry import MIXERS
+from rewarm.config.section import Duration, Section
+from rewarm.mixing.mixers.base import Mixer, MixerContext, Observation, softmax
 
 
+class ODMConfig(Section):
+    """Online data mixing: a bandit whose reward is the training loss (Albalak et al. 2023)."""
+
+    decay: float = Field(0.9, ge=0, lt=1)
+    """Share of the old reward that each update keeps; second-hand default, scripts with 0.5 exist."""
+    warmup: Duration = "0 steps"
+    """Weights stay until then. The published runs wait 2000 steps (second-hand)."""
+
+
+@MIXERS.register("odm", settings=ODMConfig)
 class ODMMixer(Mixer):
     """Albalak et al., "Efficient Online Data Mixing For Language Model Pre-Training", 2023.
 
@@ -30,12 +43,18 @@ class ODMMixer(Mixer):
 
     name = "odm"
     needs = ("training_losses",)
+    takes_missing_losses = True
 
     def __init__(self, names: Sequence[str], weights: np.ndarray, *, decay: float = 0.9, warmup: int = 0) -> None:
         super().__init__(names, weights)
         self.decay, self.warmup = decay, warmup
         self.rewards = np.zeros(len(self.names))
         self.exploration = 1 / len(self.names)
+
+    @classmethod
+    def build(cls, context: MixerContext, settings: ODMConfig) -> Self:
+        """With the warm-up in steps."""
+        return cls(context.names, context.weights, decay=settings.decay, warmup=context.steps(settings.warmup))
 
     def _next(self, observation: Observation) -> np.ndarray:
         losses = observation.training_losses

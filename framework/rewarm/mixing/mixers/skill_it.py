@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+from pydantic import Field
 
+from rewarm.config.registry import MIXERS
+from rewarm.config.section import Section
 from rewarm.errors import UserError
-from rewarm.mixing.mixers.base import Mixer, Observation, softmax
+from rewarm.mixing.mixers.base import Mixer, MixerContext, Observation, softmax
 
 
+class SkillItConfig(Section):
+    """Weights from recent losses through a graph of which domain helps which (Chen et al. 2023)."""
+
+    graph: dict[str, dict[str, float]]
+    """graph[a][b]: how much training on a lowers the loss on b; pairs that are left out count 0."""
+    step_size: float = Field(0.5, gt=0)
+    """Factor before the exponential; second-hand default, the paper tunes it."""
+    memory: int = Field(3, ge=1)
+    """Evaluations whose losses are summed."""
+
+
+@MIXERS.register("skill_it", settings=SkillItConfig)
 class SkillItMixer(Mixer):
     """Chen et al., "Skill-it! A Data-Driven Skills Framework for Understanding and Training Language Models", 2023.
 
@@ -42,6 +57,12 @@ class SkillItMixer(Mixer):
         self.graph, self.step_size, self.memory = graph, step_size, memory
         self.recent: list[list[float]] = []
 
+    @classmethod
+    def build(cls, context: MixerContext, settings: SkillItConfig) -> Self:
+        """With the graph as a matrix."""
+        graph = graph_matrix(settings.graph, context.names)
+        return cls(context.names, context.weights, graph, step_size=settings.step_size, memory=settings.memory)
+
     def _next(self, observation: Observation) -> np.ndarray:
         assert observation.losses is not None
         self.recent = [*self.recent, observation.losses.tolist()][-self.memory :]
@@ -55,3 +76,19 @@ class SkillItMixer(Mixer):
         """Continue from what :meth:`state_dict` gave."""
         super().load_state_dict(state)
         self.recent = [list(map(float, losses)) for losses in state["recent"]]
+
+
+def graph_matrix(graph: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> np.ndarray:
+    """A skills graph as float64 [K, K]; pairs that are left out are 0.
+
+    Raises:
+        UserError: if it names a domain that does not exist.
+    """
+    rows = {name: dict(graph.get(name, {})) for name in names}
+    unknown = sorted((set(graph) | {to for row in graph.values() for to in row}) - set(names))
+    if unknown:
+        raise UserError(
+            f"the graph of skill_it names {unknown[0]!r}, which is not one of {', '.join(names)}",
+            fix="use the names of the new domains",
+        )
+    return np.array([[float(rows[a].get(b, 0.0)) for b in names] for a in names])

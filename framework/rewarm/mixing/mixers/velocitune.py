@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+from pydantic import Field
 
-from rewarm.mixing.mixers.base import Mixer, Observation, exponentiated_gradient
+from rewarm.config.registry import MIXERS
+from rewarm.mixing.mixers.base import Mixer, MixerContext, Observation, exponentiated_gradient
+from rewarm.mixing.mixers.target_settings import TargetSettings
 
 
+class VelocituneConfig(TargetSettings):
+    """Weights grow where learning lags behind its target (Luo et al. 2024)."""
+
+    step_size: float = Field(1.0, gt=0)
+    """Factor of the velocities before the exponential; 1 is the paper's rule. The log-ratio of two weights grows by at
+    most this per update, so many updates need a smaller one: keep step_size * updates near 10."""
+    floor: float = Field(0.0, ge=0, lt=1)
+    """Share of the batch that is spread equally whatever the velocities; 0 is the paper's rule."""
+    learned_margin: float = Field(0.0, ge=0)
+    """A domain whose initial loss is at most this far above its target, in nats, counts as learned: velocity 0."""
+
+
+@MIXERS.register("velocitune", settings=VelocituneConfig)
 class VelocituneMixer(Mixer):
     """Luo et al., "Velocitune: A Velocity-based Dynamic Domain Reweighting Method for Continual Pre-training", 2024.
 
@@ -50,6 +66,15 @@ class VelocituneMixer(Mixer):
         self.targets, self.initial = targets, initial
         self.step_size, self.floor, self.learned_margin = step_size, floor, learned_margin
         self.velocities = np.ones(len(self.names))
+
+    @classmethod
+    def build(cls, context: MixerContext, settings: VelocituneConfig) -> Self:
+        """With the targets in the order of the domains."""
+        return cls(
+            context.names, context.weights, settings.by_domain(context.names, "mixture.velocitune.targets"),
+            context.initial_losses,
+            step_size=settings.step_size, floor=settings.floor, learned_margin=settings.learned_margin,
+        )  # fmt: skip
 
     def _next(self, observation: Observation) -> np.ndarray:
         losses = observation.losses
