@@ -14,11 +14,13 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import Field, create_model
+from pydantic.fields import FieldInfo
 
 from rewarm.config.section import Section, ignored
 from rewarm.errors import UserError, nearest
@@ -58,7 +60,8 @@ class Registry(Generic[T]):
     Args:
         kind: what they are, in messages: ``"mixer"``.
         setting: where a stage names one: ``"mixture.mixer"``.
-        package: whose modules define the built-in ones; all of them are imported when the registry is first read.
+        package: whose modules define the built-in ones, or the one module that does; imported when the registry is
+            first read.
     """
 
     def __init__(self, kind: str, setting: str, package: str) -> None:
@@ -66,7 +69,7 @@ class Registry(Generic[T]):
         self._package = package
         self._loaded = False
         self._methods: dict[str, Method[T]] = {}
-        self._sections: dict[tuple[Method[T], ...], type[Section]] = {}
+        self._sections: dict[tuple[Method[Any], ...], type[Section]] = {}
 
     def register(self, name: str, *, settings: type[Section] | None = None) -> Callable[[T], T]:
         """Decorate a class or function as the method of a name.
@@ -95,7 +98,7 @@ class Registry(Generic[T]):
             return
         self._loaded = True
         package = importlib.import_module(self._package)
-        for module in sorted(info.name for info in pkgutil.iter_modules(package.__path__)):
+        for module in sorted(info.name for info in pkgutil.iter_modules(getattr(package, "__path__", []))):
             importlib.import_module(f"{self._package}.{module}")
 
     def __getitem__(self, name: str) -> Method[T]:
@@ -129,35 +132,45 @@ class Registry(Generic[T]):
         """All of them, by name."""
         return [self[name] for name in self]
 
-    def section(self, base: type[SectionT], choice: str) -> type[SectionT]:
+    def choice(self, field: FieldInfo) -> tuple[Any, Any]:
+        """Type and definition of a field that takes the registered names, and says what each of them is."""
+        table = "; ".join(f"{method.name}: {method.summary}" for method in self.methods())
+        return Literal[*self], Field(field.default, description=f"{field.description} {table}.")
+
+    def section(
+        self, base: type[SectionT], choice: str, more: Mapping[str, Registry[Any]] = MappingProxyType({})
+    ) -> type[SectionT]:
         """A section whose ``choice`` takes the registered names, with one optional section for each method that has
         settings, under the method's name.
 
         Args:
             base: the section without the methods; its field ``choice`` has the default and the documentation.
             choice: the field that names the method.
+            more: other fields of the section that take the names of another registry.
         """
-        self._base, self._choice = base, choice
-        chosen = base.model_fields[choice]
-        table = "; ".join(f"{method.name}: {method.summary}" for method in self.methods())
-        described = Field(chosen.default, description=f"{chosen.description} {table}.")
-        fields: dict[str, Any] = {choice: (Literal[*self], described)}
+        self._base, self._choice, self._more = base, choice, more
+        fields: dict[str, Any] = {choice: self.choice(base.model_fields[choice])}
+        for name, registry in more.items():
+            fields[name] = registry.choice(base.model_fields[name])
         for method in self.methods():
             if method.settings is not None:
                 empty = Field(None, description=f"Settings of {self.kind} {method.name}.")
                 fields[method.name] = (method.settings | None, empty)
         name = base.__name__.replace("Base", "Config")
         made = create_model(name, __base__=base, __module__=base.__module__, __doc__=base.__doc__, **fields)
-        self._sections[tuple(self.methods())] = made
+        self._sections[self._key()] = made
         return made
 
     @property
     def current(self) -> type[Section]:
         """The section with the methods that are registered now: the one made first, unless extensions added some."""
-        methods = tuple(self.methods())
-        if methods not in self._sections:
-            self.section(self._base, self._choice)
-        return self._sections[methods]
+        if self._key() not in self._sections:
+            self.section(self._base, self._choice, self._more)
+        return self._sections[self._key()]
+
+    def _key(self) -> tuple[Method[Any], ...]:
+        """What a section depends on."""
+        return tuple(method for registry in (self, *self._more.values()) for method in registry.methods())
 
 
 def check_chosen(registry: Registry[Any], section: Section, choice: str) -> None:
@@ -192,5 +205,8 @@ def chosen_settings(registry: Registry[Any], section: Section, choice: str) -> S
 MIXERS: Registry[Any] = Registry("mixer", "mixture.mixer", "rewarm.mixing.mixers")
 """Subclasses of :class:`rewarm.mixing.mixers.base.Mixer`."""
 
-REGISTRIES: tuple[Registry[Any], ...] = (MIXERS,)
-"""All of them: what the tests walk through."""
+SCHEDULES: Registry[Any] = Registry("schedule", "schedule.kind", "rewarm.schedule.kinds")
+"""Subclasses of :class:`rewarm.schedule.kinds.base.Schedule`."""
+
+SHAPES: Registry[Any] = Registry("decay shape", "schedule.decay_shape", "rewarm.schedule.curves")
+"""Functions of progress and the two ends, see :mod:`rewarm.schedule.curves`."""

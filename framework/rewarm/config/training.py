@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from rewarm.config.registry import SCHEDULES, SHAPES, check_chosen, chosen_settings
 from rewarm.config.section import Duration, Section, ignored, parse_duration
 
 WITHOUT_MOMENTS = frozenset({"sgd"})
@@ -58,12 +59,11 @@ class OptimizerConfig(Section):
         return self
 
 
-class ScheduleConfig(Section):
+class ScheduleBase(Section):
     """Learning rate as a pure function of the tokens trained in this stage."""
 
-    kind: Literal["constant", "cosine", "linear", "wsd", "infinite"] = "cosine"
-    """Shape after the warm-up. cosine and linear decay from peak to minimum over the run; wsd stays at peak and
-    decays over the last ``decay``; infinite cools down to ``plateau``, stays, and anneals over the last ``decay``."""
+    kind: str = "cosine"
+    """Shape after the warm-up."""
     peak: float = Field(3e-4, gt=0)
     """Highest learning rate."""
     minimum: float = Field(0.0, ge=0)
@@ -75,50 +75,39 @@ class ScheduleConfig(Section):
     """Length of the linear warm-up from start to peak; its last step is at the peak."""
     decay: Duration = "20%"
     """Length of the final decay of wsd and infinite; "0 steps" leaves it out, for a stage that others continue."""
-    decay_shape: Literal["linear", "one_minus_sqrt", "cosine", "exponential"] = "one_minus_sqrt"
+    decay_shape: str = "one_minus_sqrt"
     """Shape of the final decay of wsd and infinite; exponential needs a minimum above 0."""
     plateau: float | None = Field(None, gt=0)
     """Constant rate of infinite."""
     cooldown: Duration = "40%"
     """Length of infinite's cosine fall from peak to plateau."""
 
+    @property
+    def settings(self) -> Section | None:
+        """The section of the chosen schedule, with its defaults where it is not given; None if it has none."""
+        return chosen_settings(SCHEDULES, self, "kind")
+
     @model_validator(mode="after")
-    def _check_ignored(self) -> ScheduleConfig:
-        only = {"plateau": ("infinite",), "cooldown": ("infinite",), "decay": ("wsd", "infinite"),
-                "decay_shape": ("wsd", "infinite"), "minimum": ("cosine", "linear", "wsd", "infinite")}  # fmt: skip
-        for name, kinds in only.items():
-            if name in self.model_fields_set and self.kind not in kinds:
-                default = type(self).model_fields[name].default
-                if getattr(self, name) != default:
-                    raise ignored(f"schedule.{name}", f"schedule.kind={self.kind}")
-        if self.kind == "infinite" and self.plateau is None:
-            raise ValueError("schedule.kind=infinite needs schedule.plateau, its constant rate")
+    def _check_ignored(self) -> Self:
+        schedule = SCHEDULES[self.kind].target
+        for name in {"minimum", "decay", "decay_shape", "plateau", "cooldown"} - set(schedule.uses):
+            if name in self.model_fields_set and getattr(self, name) != type(self).model_fields[name].default:
+                raise ignored(f"schedule.{name}", f"schedule.kind={self.kind}")
         for name in ("minimum", "start", "plateau"):
             value = getattr(self, name)
             if isinstance(value, float) and value > self.peak:
                 raise ValueError(f"schedule.{name}={value} is above schedule.peak={self.peak}")
-        if self.plateau is not None and self.minimum > self.plateau:
-            raise ValueError(f"schedule.minimum={self.minimum} is above schedule.plateau={self.plateau}")
-        if self.plateau is not None and self.plateau < self.peak and parse_duration(self.cooldown)[0] == 0:
-            raise ValueError(
-                f"schedule.cooldown={self.cooldown} leaves a jump from schedule.peak={self.peak} to "
-                f"schedule.plateau={self.plateau}: lengthen the cooldown or set peak to the plateau"
-            )
         if self.start and parse_duration(self.warmup)[0] == 0:
             raise ignored("schedule.start", f"schedule.warmup={self.warmup}", self.start)
-        self._check_decay()
+        check_chosen(SCHEDULES, self, "kind")
+        schedule.check(self)
         return self
 
-    def _check_decay(self) -> None:
-        if self.kind not in ("wsd", "infinite"):
-            return
-        has_decay = parse_duration(self.decay)[0] > 0
-        if self.minimum and not has_decay:
-            raise ignored("schedule.minimum", f"schedule.decay={self.decay}", self.minimum)
-        if not has_decay and self.decay_shape != type(self).model_fields["decay_shape"].default:
-            raise ignored("schedule.decay_shape", f"schedule.decay={self.decay}", self.decay_shape)
-        if has_decay and self.decay_shape == "exponential" and self.minimum == 0:
-            raise ValueError("schedule.decay_shape=exponential never reaches schedule.minimum=0: set a minimum above 0")
+
+if TYPE_CHECKING:
+    ScheduleConfig = ScheduleBase
+else:
+    ScheduleConfig = SCHEDULES.section(ScheduleBase, "kind", {"decay_shape": SHAPES})
 
 
 class ParallelConfig(Section):

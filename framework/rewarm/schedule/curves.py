@@ -1,38 +1,38 @@
-"""Shapes of a learning rate's rise and fall, as pure functions of progress.
+"""Shapes of a learning rate's fall, as pure functions of progress and of the rates at the two ends.
 
-Every fall maps progress x in [0, 1] to a share that goes from 1 at x = 0 to 0 at x = 1; :func:`between` turns the
-share into a rate. The exponential has no share that reaches 0 and is a function of its two ends.
+A shape is a function ``(x, first, last)``: the rate at progress x in [0, 1], ``first`` at x = 0 and ``last`` at x = 1.
+Registered, it can be named by ``schedule.decay_shape`` and by the phases of every schedule.
 """
 
 from __future__ import annotations
 
 import math
 
-
-def linear(x: float) -> float:
-    """``1 - x``; to zero it is the schedule of Defazio et al. 2023 and of Bergsma et al. 2025 ("D2Z")."""
-    return 1.0 - x
+from rewarm.config.registry import SHAPES
 
 
-def one_minus_sqrt(x: float) -> float:
-    """``1 - sqrt(x)``: the final decay that Hägele et al. 2024 found better than the linear one."""
-    return 1.0 - math.sqrt(x)
+@SHAPES.register("linear")
+def linear(x: float, first: float, last: float) -> float:
+    """Share ``1 - x``: to zero, the schedule of Defazio et al. 2023 and Bergsma et al. 2025 ("D2Z")."""
+    return between(1.0 - x, first, last)
 
 
-def cosine(x: float) -> float:
-    """``(1 + cos(pi x)) / 2`` (Loshchilov & Hutter 2017)."""
-    return 0.5 * (1.0 + math.cos(math.pi * x))
+@SHAPES.register("one_minus_sqrt")
+def one_minus_sqrt(x: float, first: float, last: float) -> float:
+    """Share ``1 - sqrt(x)``: the final decay that Hägele et al. 2024 found better than the linear one."""
+    return between(1.0 - math.sqrt(x), first, last)
 
 
-def exponential(x: float, high: float, low: float) -> float:
-    """``high * (low / high)^x``, the anneal of the infinite schedule (Ibrahim et al. 2024, Singh et al. 2025).
+@SHAPES.register("cosine")
+def cosine(x: float, first: float, last: float) -> float:
+    """Share ``(1 + cos(pi x)) / 2`` (Loshchilov & Hutter 2017)."""
+    return between(0.5 * (1.0 + math.cos(math.pi * x)), first, last)
 
-    Args:
-        x: progress in [0, 1].
-        high: rate at x = 0, above 0.
-        low: rate at x = 1, above 0.
-    """
-    return _clamp(high * (low / high) ** x, high, low)
+
+@SHAPES.register("exponential")
+def exponential(x: float, first: float, last: float) -> float:
+    """``first * (last / first)^x``, which never reaches 0 (Ibrahim et al. 2024, Singh et al. 2025)."""
+    return _clamp(first * (last / first) ** x, first, last)
 
 
 def between(share: float, high: float, low: float) -> float:

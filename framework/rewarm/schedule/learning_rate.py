@@ -14,43 +14,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
-from typing import Literal
 
-from rewarm.config.section import resolve_duration
+from rewarm.config.registry import SCHEDULES
 from rewarm.config.training import ScheduleConfig
 from rewarm.errors import UserError
-from rewarm.schedule import curves
-
-Shape = Literal["warmup", "constant", "linear", "one_minus_sqrt", "cosine", "exponential"]
-
-_FALLS = {"linear": curves.linear, "one_minus_sqrt": curves.one_minus_sqrt, "cosine": curves.cosine}
-
-
-@dataclass(frozen=True, slots=True)
-class Phase:
-    """A stretch of the run in which the rate follows one shape."""
-
-    shape: Shape
-    begin: int
-    """Tokens trained when the phase begins."""
-    end: int
-    """Tokens trained when it ends, above ``begin``."""
-    first: float
-    """Rate at ``begin``."""
-    last: float
-    """Rate at ``end``."""
-
-    def at(self, tokens: float) -> float:
-        """Rate after ``tokens`` tokens, within [begin, end]."""
-        x = (tokens - self.begin) / (self.end - self.begin)
-        if self.shape == "constant":
-            return self.first
-        if self.shape == "warmup":
-            return curves.between(x, self.last, self.first)
-        if self.shape == "exponential":
-            return curves.exponential(x, self.first, self.last)
-        return curves.between(_FALLS[self.shape](x), self.first, self.last)
+from rewarm.schedule.kinds.base import Schedule
+from rewarm.schedule.phase import Phase, Span
 
 
 class LearningRate:
@@ -74,7 +43,7 @@ class LearningRate:
             )
         self._tokens_per_step = tokens_per_step
         self._total_tokens = total_tokens
-        self.phases: tuple[Phase, ...] = _phases(config, total_tokens, tokens_per_step)
+        self.phases: tuple[Phase, ...] = _phases(config, Span(total_tokens, tokens_per_step))
 
     def at(self, tokens: int) -> float:
         """Rate of the step that starts after ``tokens`` tokens; past the end it stays at the final rate."""
@@ -108,35 +77,23 @@ class LearningRate:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _phases(config: ScheduleConfig, total_tokens: int, tokens_per_step: int) -> tuple[Phase, ...]:
+def _phases(config: ScheduleConfig, span: Span) -> tuple[Phase, ...]:
     """The phases that are not empty, in order; they cover [0, total_tokens] without a gap."""
-
-    def tokens(duration: str) -> int:
-        return resolve_duration(duration, tokens_per_step=tokens_per_step, total_tokens=total_tokens)
-
-    lengths = {"warmup": tokens(config.warmup)}
-    if config.kind == "infinite":
-        lengths["cooldown"] = tokens(config.cooldown)
-    if config.kind in ("wsd", "infinite"):
-        lengths["decay"] = tokens(config.decay)
-    _check_fit(config, lengths, total_tokens, tokens_per_step)
-
-    warm, anneal = lengths["warmup"], total_tokens - lengths.get("decay", 0)
-    phases = [Phase("warmup", 0, warm, float(config.start), config.peak)]
-    if config.kind == "constant":
-        phases.append(Phase("constant", warm, total_tokens, config.peak, config.peak))
-    elif config.kind in ("cosine", "linear"):
-        phases.append(Phase(config.kind, warm, total_tokens, config.peak, config.minimum))
-    elif config.kind == "wsd":
-        phases.append(Phase("constant", warm, anneal, config.peak, config.peak))
-        phases.append(Phase(config.decay_shape, anneal, total_tokens, config.peak, config.minimum))
-    else:
-        assert config.plateau is not None  # ScheduleConfig refuses infinite without it
-        cool = warm + lengths["cooldown"]
-        phases.append(Phase("cosine", warm, cool, config.peak, config.plateau))
-        phases.append(Phase("constant", cool, anneal, config.plateau, config.plateau))
-        phases.append(Phase(config.decay_shape, anneal, total_tokens, config.plateau, config.minimum))
-    return tuple(phase for phase in phases if phase.begin < phase.end)
+    schedule: type[Schedule] = SCHEDULES[config.kind].target
+    lengths = {name: span.tokens(getattr(config, name)) for name in ("warmup", *schedule.durations)}
+    _check_fit(config, lengths, span.total_tokens, span.tokens_per_step)
+    warm = lengths["warmup"]
+    rise = Phase("warmup", 0, warm, float(config.start), config.peak)
+    phases = [rise, *schedule.phases(config, config.settings, span, warm)]
+    found = tuple(phase for phase in phases if phase.begin < phase.end)
+    ends = [0, *(phase.end for phase in found)]
+    if [phase.begin for phase in found] != ends[:-1] or ends[-1] != span.total_tokens:
+        raise UserError(
+            f"the phases of schedule.kind={config.kind} leave a gap or overlap: {[(p.begin, p.end) for p in found]} of "
+            f"{span.total_tokens} tokens",
+            fix="let each phase begin where the one before it ends",
+        )
+    return found
 
 
 def _check_fit(config: ScheduleConfig, lengths: dict[str, int], total_tokens: int, tokens_per_step: int) -> None:

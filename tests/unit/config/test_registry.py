@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from rewarm.config.load import build, dump
-from rewarm.config.registry import MIXERS, Registry
+from rewarm.config.registry import MIXERS, SCHEDULES, SHAPES, Registry
 from rewarm.config.run import CHOICES, RunConfig, run_schema
 from rewarm.config.section import Section
 from rewarm.errors import UserError
 from rewarm.mixing.mixers.build import build_mixer
+from rewarm.schedule.learning_rate import LearningRate
 
 NEEDED: dict[str, dict[str, Any]] = {
     "velocitune": {"targets": {"a": 1.0, "b": 1.0}},
@@ -40,6 +41,26 @@ def test_every_mixer_of_the_schema_builds_its_own_class(name: str) -> None:
     mixer = build_mixer(config, ["a", "b"], np.array([0.5, 0.5]), lambda text: 3)
     assert type(mixer) is MIXERS[name].target and mixer.name == name
     assert MIXERS[name].summary
+
+
+SCHEDULE_SETTINGS: dict[str, dict[str, Any]] = {"infinite": {"plateau": 1e-4}}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_of_the_schema_has_phases_of_its_own(name: str) -> None:
+    config = stage(schedule={"kind": name, **SCHEDULE_SETTINGS.get(name, {})})
+    rate = LearningRate(config.schedule, 100 * 48, 48)
+    assert rate.phases[0].shape == "warmup" and rate.at(48) == config.schedule.peak
+    others = [LearningRate(stage(schedule={"kind": other, **SCHEDULE_SETTINGS.get(other, {})}).schedule, 4800, 48)
+              for other in SCHEDULES if other != name]  # fmt: skip
+    assert all(rate.fingerprint() != other.fingerprint() for other in others)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_decay_shape_of_the_schema_meets_its_ends(name: str) -> None:
+    config = stage(schedule={"kind": "wsd", "decay_shape": name, "minimum": 1e-5, "decay": "50%"})
+    phase = LearningRate(config.schedule, 4800, 48).phases[-1]
+    assert phase.shape == name and phase.at(phase.begin) == 3e-4 and phase.at(phase.end) == 1e-5
 
 
 @pytest.mark.parametrize("field", CHOICES)
