@@ -21,7 +21,7 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 VERSIONS = runpy.run_path(str(ROOT / "framework" / "rewarm" / "versions.py"))
-NATIVE = runpy.run_path(str(ROOT / "framework" / "rewarm" / "native.py"))
+NATIVE = runpy.run_path(str(ROOT / "framework" / "rewarm" / "kernels" / "native.py"))
 # Contraction is off because the update must round alike on every instruction set (csrc/common/adamw.h).
 CXX_FLAGS = [
     "-std=c++17",

@@ -45,7 +45,7 @@ machine() {
 
 kernels() {
     python setup.py build_ext --inplace &&
-        python -c 'import sys; from rewarm import native; sys.exit(native.why_no_cuda())'
+        python -c 'import sys; from rewarm.kernels import native; sys.exit(native.why_no_cuda())'
 }
 
 part machine machine

@@ -20,7 +20,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     import os
 
     from rewarm.errors import UserError
-    from rewarm.offload.nvme import open_scratch
+    from rewarm.offload.runtime.nvme import open_scratch
 
     for parent in (tmp_path, Path(__file__).parent):
         with TemporaryDirectory(dir=parent) as folder:

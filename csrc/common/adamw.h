@@ -8,7 +8,7 @@
 #include "numeric.h"
 
 // Everything about a step that is the same for all elements; computed in double precision and
-// rounded once by rewarm.offload.adamw.AdamWStep, which mirrors it.
+// rounded once by rewarm.kernels.adamw.AdamWStep, which mirrors it.
 struct rewarm_adamw_step {
     float one_minus_beta1;
     float beta2;

@@ -57,7 +57,7 @@ def arrays(elements: int) -> dict[str, Any]:
     """One state for all contenders."""
     import torch
 
-    from rewarm.offload.slabs import HostPool
+    from rewarm.offload.runtime.slabs import HostPool
 
     pool = HostPool(pin=False)
     found = {name: pool.take(elements, torch.float32) for name in ("master", "moment1", "moment2", "grad")}
@@ -74,7 +74,7 @@ def contenders(state: dict[str, Any], threads: int, deepspeed: Any | None) -> di
     """Name -> (one update, useful bytes per element). All share one state: only the time matters here."""
     import torch
 
-    from rewarm.offload import adamw
+    from rewarm.kernels import adamw
 
     master, moment1, moment2, grad = (state[name] for name in ("master", "moment1", "moment2", "grad"))
     grad_half, half, low = (state[name] for name in ("grad_half", "half", "low"))
@@ -120,7 +120,7 @@ def contenders(state: dict[str, Any], threads: int, deepspeed: Any | None) -> di
 
 def probes(state: dict[str, Any], threads: int) -> dict[str, tuple[Callable[[], None], int]]:
     """The bandwidth probe without and with software prefetch."""
-    from rewarm import native
+    from rewarm.kernels import native
 
     library = native.load()
     assert library is not None, "the compiled library is missing"

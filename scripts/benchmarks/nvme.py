@@ -64,9 +64,9 @@ def bandwidths(
     """Who -> way -> bytes/s of each round; the first round, which writes where nothing was written, is left out."""
     import torch
 
-    from rewarm.offload import nvme
-    from rewarm.offload.nvme import Store
-    from rewarm.offload.slabs import HostPool
+    from rewarm.offload.runtime import nvme
+    from rewarm.offload.runtime.nvme import Store
+    from rewarm.offload.runtime.slabs import HostPool
 
     small = buffer(size, huge=False)
     pool = HostPool(pin=False).take(size, torch.uint8).random_()
@@ -123,11 +123,11 @@ def step_memory(paths: list[Path]) -> tuple[float, float, float]:
     """Bytes of state on the paths, bytes planned in memory, and what the resident set grew by, over three steps."""
     import torch
 
-    from rewarm.offload.device import ThrottledDevice
-    from rewarm.offload.execute import Executor, GroupStep
-    from rewarm.offload.routes import Job, Placement, Route
-    from rewarm.offload.slabs import HostPool, Layout, Shard
-    from rewarm.offload.states import States
+    from rewarm.offload.planning.routes import Job, Placement, Route
+    from rewarm.offload.runtime.device import ThrottledDevice
+    from rewarm.offload.runtime.execute import Executor, GroupStep
+    from rewarm.offload.runtime.slabs import HostPool, Layout, Shard
+    from rewarm.offload.runtime.states import States
 
     size, count = 4_000_000, 20
     layout = Layout.of([Shard("all", size * count)], size)

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rewarm.offload.device import Device
-    from rewarm.offload.routes import Job, Machine, Placement
+    from rewarm.offload.planning.routes import Job, Machine, Placement
+    from rewarm.offload.runtime.device import Device
 
 
 def main() -> None:
@@ -34,10 +34,10 @@ def main() -> None:
     parser.add_argument("--nvme", type=Path, help="folder on a local drive; adds a placement with state there")
     options = parser.parse_args()
 
-    from rewarm.offload.device import ThrottledDevice, open_device
-    from rewarm.offload.placement import interleave, search
-    from rewarm.offload.profile import measure
-    from rewarm.offload.routes import Job, Placement, Route
+    from rewarm.offload.planning.placement import interleave, search
+    from rewarm.offload.planning.routes import Job, Placement, Route
+    from rewarm.offload.runtime.device import ThrottledDevice, open_device
+    from rewarm.offload.runtime.profile import measure
 
     rate = (options.link or 0) * 1e9
     stand_in = {"h2d": rate, "d2h": rate, "duplex": 2 * rate, "host_rate": options.host * 1e9}
@@ -82,10 +82,10 @@ def compare(
     """Predicted and median measured seconds of one update."""
     import torch
 
-    from rewarm.offload.execute import Executor, GroupStep
-    from rewarm.offload.pipeline import predict
-    from rewarm.offload.slabs import HostPool, Layout, Shard
-    from rewarm.offload.states import States
+    from rewarm.offload.planning.pipeline import predict
+    from rewarm.offload.runtime.execute import Executor, GroupStep
+    from rewarm.offload.runtime.slabs import HostPool, Layout, Shard
+    from rewarm.offload.runtime.states import States
 
     layout = Layout.of([Shard("all", options.elements)], options.subgroup)
     parameters, gradients = (

@@ -115,7 +115,7 @@ def threads() -> int:
 
 def memory(options: argparse.Namespace) -> tuple[float, float]:
     """Bytes of GPU memory, 0 without one, and of host memory that is free."""
-    from rewarm.offload.profile import available_memory
+    from rewarm.offload.runtime.profile import available_memory
 
     if not options.gpu:
         return 0.0, available_memory()

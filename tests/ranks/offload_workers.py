@@ -15,10 +15,10 @@ from rewarm.engine import offload
 from rewarm.engine.base import StepResult
 from rewarm.engine.megatron.engine import MegatronEngine
 from rewarm.errors import UserError
-from rewarm.offload.device import open_device
-from rewarm.offload.placement import interleave
-from rewarm.offload.profile import Profile, describe
-from rewarm.offload.routes import Placement, Route
+from rewarm.offload.planning.placement import interleave
+from rewarm.offload.planning.routes import Placement, Route
+from rewarm.offload.runtime.device import open_device
+from rewarm.offload.runtime.profile import Profile, describe
 
 LEARNING_RATE = 3e-3
 STEPS = 50

@@ -15,8 +15,8 @@ from ranks.tiny import global_batch, local_batch
 from rewarm.engine.megatron import engine as engine_module
 from rewarm.engine.megatron import overlap
 from rewarm.engine.megatron.engine import MegatronEngine
-from rewarm.offload.optimizer import OffloadedAdamW
-from rewarm.offload.simulate import Timeline, check
+from rewarm.offload.planning.simulate import Timeline, check
+from rewarm.offload.runtime.optimizer import OffloadedAdamW
 
 STEPS = 12
 COMPUTE = ("backward", "barrier", "forward")

@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rewarm.cli.offload import app
-from rewarm.offload.profile import Profile
+from rewarm.offload.runtime.profile import Profile
 from system.conftest import Workplace
 from system.test_resume import kill_after_line
 

@@ -10,7 +10,7 @@ import rewarm
 
 LAYERS = [
     {"config"},
-    {"data", "schedule"},
+    {"data", "schedule", "kernels"},
     {"mixing", "replay"},
     {"model", "offload", "checkpoint"},
     {"engine", "planner"},

@@ -1,1 +1,1 @@
-"""Where the build puts the compiled libraries; :mod:`rewarm.native` loads them."""
+"""Where the build puts the compiled libraries; :mod:`rewarm.kernels.native` loads them."""

@@ -209,7 +209,7 @@ def compilers(has_gpu: bool) -> Iterator[Finding]:
 
 def native_libraries(has_gpu: bool) -> Iterator[Finding]:
     """The compiled helpers of ``csrc/``; everything works without them, slower."""
-    from rewarm.native import LIBRARY_FOLDER, REBUILD, open_library
+    from rewarm.kernels.native import LIBRARY_FOLDER, REBUILD, open_library
 
     for kind in ("cpu", "cuda") if has_gpu else ("cpu",):
         path = LIBRARY_FOLDER / f"librewarm_{kind}.so"

@@ -13,10 +13,10 @@ import typer
 if TYPE_CHECKING:
     from rewarm.config.offload import OffloadConfig
     from rewarm.config.run import RunConfig
-    from rewarm.offload.device import Device
-    from rewarm.offload.placement import Scored
-    from rewarm.offload.profile import Profile
-    from rewarm.offload.routes import Job, Machine
+    from rewarm.offload.planning.placement import Scored
+    from rewarm.offload.planning.routes import Job, Machine
+    from rewarm.offload.runtime.device import Device
+    from rewarm.offload.runtime.profile import Profile
 
 app = typer.Typer(
     help="Optimizer state outside GPU memory: measure a machine, place state on it, look at a step.",
@@ -74,7 +74,7 @@ def profile(
 
         rewarm offload profile --stand-in 2 --seconds 5
     """
-    from rewarm.offload.profile import cache_path, check_drives, measure
+    from rewarm.offload.runtime.profile import cache_path, check_drives, measure
 
     settings = _run(config, overrides).offload if config is not None else _settings(None)
     threads = threads or settings.cpu_threads or max(1, len(os.sched_getaffinity(0)) // ranks - 1)
@@ -117,9 +117,9 @@ def place(
 
         rewarm offload place --parameters 20e9 --ranks 4 --forward 0.21 --backward 0.97 --device-memory 8
     """
-    from rewarm.offload.placement import corners, score, subgroup_count
-    from rewarm.offload.plan import plan
-    from rewarm.offload.relaxation import relax
+    from rewarm.offload.planning.placement import corners, score, subgroup_count
+    from rewarm.offload.planning.plan import plan
+    from rewarm.offload.planning.relaxation import relax
 
     share = _Share(parameters, forward, backward, ranks, shards, micro_batches, device_memory, clip)
     chosen_settings, machine, job = _case(config, overrides, settings, profile, share)
@@ -161,9 +161,9 @@ def trace(
 
         rewarm offload trace --parameters 7e9 --forward 0.1 --backward 0.3 --set mode=auto --png step.png
     """
-    from rewarm.offload.pipeline import predict
-    from rewarm.offload.plan import plan
-    from rewarm.offload.simulate import chrome_trace, draw
+    from rewarm.offload.planning.pipeline import predict
+    from rewarm.offload.planning.plan import plan
+    from rewarm.offload.planning.simulate import chrome_trace, draw
 
     share = _Share(parameters, forward, backward, ranks, shards, micro_batches, device_memory, clip)
     chosen_settings, machine, job = _case(config, overrides, settings, profile, share)
@@ -191,7 +191,7 @@ class _Share:
 
 
 def _device(stand_in: float | None, *, required: bool) -> Device:
-    from rewarm.offload.device import open_device
+    from rewarm.offload.runtime.device import open_device
 
     return open_device(stand_in, required=required)
 
@@ -240,8 +240,8 @@ def _case(
 ) -> tuple[OffloadConfig, Machine, Job]:
     """The settings, and this rank's share of the machine and of the model."""
     from rewarm.errors import UserError
-    from rewarm.offload.profile import cache_path, load
-    from rewarm.offload.routes import Job
+    from rewarm.offload.planning.routes import Job
+    from rewarm.offload.runtime.profile import cache_path, load
 
     parameters, shards = share.parameters, share.shards or share.ranks
     grad_bytes = param_bytes = 2
@@ -326,8 +326,8 @@ def _print_profile(measured: Profile) -> None:
 
 
 def _print_table(chosen: Scored, known: list[Scored], bound: float, machine: Machine, job: Job) -> None:
-    from rewarm.offload.placement import update_seconds
-    from rewarm.offload.routes import memory
+    from rewarm.offload.planning.placement import update_seconds
+    from rewarm.offload.planning.routes import memory
 
     typer.echo(f"{'':34}{'step s':>9}{'update s':>10}{'GPU GB':>8}{'host GB':>9}{'NVMe GB':>9}")
     for row in [*sorted(known, key=lambda scored: -scored.seconds), chosen]:

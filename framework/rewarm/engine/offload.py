@@ -13,21 +13,22 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from rewarm import native
 from rewarm.config.offload import OffloadConfig
 from rewarm.engine import ranks
 from rewarm.errors import UserError
-from rewarm.offload import adamw, profile
-from rewarm.offload.cores import divide
-from rewarm.offload.device import Device, open_device
-from rewarm.offload.execute import GroupStep
-from rewarm.offload.optimizer import Means, OffloadedAdamW, layout_of
-from rewarm.offload.pipeline import predict
-from rewarm.offload.placement import interleave
-from rewarm.offload.plan import Drift, calibrated, choose, plan, update_seconds
-from rewarm.offload.routes import QUANTIZED_BLOCK, Job, Machine, Placement
-from rewarm.offload.simulate import Timeline
-from rewarm.offload.slabs import ALIGNMENT, HostPool, aligned
+from rewarm.kernels import adamw, native
+from rewarm.kernels.blocks import QUANTIZED_BLOCK
+from rewarm.offload.planning.pipeline import predict
+from rewarm.offload.planning.placement import interleave
+from rewarm.offload.planning.plan import Drift, calibrated, choose, plan, update_seconds
+from rewarm.offload.planning.routes import Job, Machine, Placement
+from rewarm.offload.planning.simulate import Timeline
+from rewarm.offload.runtime import profile
+from rewarm.offload.runtime.cores import divide
+from rewarm.offload.runtime.device import Device, open_device
+from rewarm.offload.runtime.execute import GroupStep
+from rewarm.offload.runtime.optimizer import Means, OffloadedAdamW, layout_of
+from rewarm.offload.runtime.slabs import ALIGNMENT, HostPool, aligned
 
 log = logging.getLogger(__name__)
 
@@ -88,8 +89,8 @@ class Offload:
 
         Args:
             settings: of the run; with mode none all state stays on the device.
-            names, shards, groups, masters: see :class:`~rewarm.offload.optimizer.OffloadedAdamW`; none at all on a
-                rank that updates nothing.
+            names, shards, groups, masters: see :class:`~rewarm.offload.runtime.optimizer.OffloadedAdamW`; none at all
+                on a rank that updates nothing.
             gradient_type: of the gradients that :meth:`step` is given.
             eight_bit: keep the moments as one byte each.
 
@@ -136,7 +137,7 @@ class Offload:
     def step(
         self, number: int, gradients: Sequence[Tensor], groups: Sequence[GroupStep], grad_scale: float = 1.0
     ) -> None:
-        """Update this rank's shards; see :meth:`~rewarm.offload.optimizer.OffloadedAdamW.step`.
+        """Update this rank's shards; see :meth:`~rewarm.offload.runtime.optimizer.OffloadedAdamW.step`.
 
         Under mode auto the time is held against the prediction, and the state is placed again where they have parted.
         """

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewarm.engine.environment import this_node
-from rewarm.offload.cores import divide
+from rewarm.offload.runtime.cores import divide
 
 if TYPE_CHECKING:
     from rewarm.config.run import RunConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 
-from rewarm.native import LIBRARY_FOLDER, open_library
+from rewarm.kernels.native import LIBRARY_FOLDER, open_library
 
 
 @cache

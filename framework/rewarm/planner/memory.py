@@ -13,7 +13,7 @@ from rewarm.config.run import RunConfig
 from rewarm.errors import UserError
 from rewarm.model.architecture import Architecture
 from rewarm.model.layout import Layout
-from rewarm.offload.routes import Job
+from rewarm.offload.planning.routes import Job
 from rewarm.planner.cluster import Cluster
 
 GIB = 2**30

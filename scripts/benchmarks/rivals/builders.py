@@ -16,7 +16,7 @@ import torch
 
 from rewarm.engine.base import Batch
 from rewarm.model.architecture import Architecture
-from rewarm.offload.simulate import Timeline
+from rewarm.offload.planning.simulate import Timeline
 from rivals.contestant import BETAS, CLIPPING, EPSILON, LEARNING_RATE, WEIGHT_DECAY, Order
 
 

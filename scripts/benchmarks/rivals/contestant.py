@@ -117,7 +117,7 @@ class Session:
         from rivals import overlap
 
         if not torch.cuda.is_available():
-            from rewarm.offload.simulate import chrome_trace
+            from rewarm.offload.planning.simulate import chrome_trace
 
             self.steps(1)
             Path(path).write_text(chrome_trace(self.last))
@@ -147,7 +147,7 @@ def after_release(timeline: Any) -> dict[str, float]:
     Returns:
         ``seconds``, and the share of the time of copies each way and of all tasks, ``h2d``, ``d2h`` and ``dram``.
     """
-    from rewarm.offload.plan import update_seconds
+    from rewarm.offload.planning.plan import update_seconds
     from rivals.overlap import WAYS
 
     released = timeline.end_of("barrier")
@@ -209,7 +209,7 @@ def windows(order: Order, number: int) -> Any:
 
 def traffic(placement: Any) -> dict[str, float]:
     """Bytes per parameter and step over the link each way and in host memory, with fp32 gradients."""
-    from rewarm.offload.routes import Job, costs
+    from rewarm.offload.planning.routes import Job, costs
 
     job = Job(1, 0.0, 0.0, grad_bytes=4)
     found = {"h2d": 0.0, "d2h": 0.0, "dram": 0.0}
@@ -224,8 +224,8 @@ def traffic(placement: Any) -> dict[str, float]:
 
 def measure_machine(threads: int, seconds: float) -> dict[str, float]:
     """Bytes/s of the link alone and both ways together, and of host memory, as ``rewarm offload profile`` has them."""
-    from rewarm.offload.device import open_device
-    from rewarm.offload.profile import measure
+    from rewarm.offload.runtime.device import open_device
+    from rewarm.offload.runtime.profile import measure
 
     found = measure(open_device(), threads=threads, seconds=seconds)
     return {name: getattr(found, name) for name in ("h2d", "d2h", "duplex", "dram")}

@@ -18,7 +18,7 @@ from rewarm.config.yaml_text import parse_yaml
 from rewarm.errors import UserError
 
 BASE: dict[str, Any] = {"name": "run", "parent": "p", "data": {"a": "x", "b": "y"}}
-NOT_PATHS = {"name", "tracking.wandb.project", "tracking.wandb.entity", "tracking.wandb.group"}
+NOT_PATHS = {"extensions", "name", "tracking.wandb.project", "tracking.wandb.entity", "tracking.wandb.group"}
 """Free text that is no path; what else is text is a path, a duration or a choice."""
 PLACES: list[tuple[dict[str, Any], Any]] = [
     ({"runs_folder": "$"}, lambda c: c.runs_folder),

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from rewarm.engine.offload import free_space, stretched
 from rewarm.errors import UserError
-from rewarm.offload.placement import interleave
-from rewarm.offload.routes import Placement, Route
-from rewarm.offload.slabs import HostPool
+from rewarm.offload.planning.placement import interleave
+from rewarm.offload.planning.routes import Placement, Route
+from rewarm.offload.runtime.slabs import HostPool
 
 
 @given(st.lists(st.integers(0, 9), min_size=5, max_size=5).filter(any), st.integers(1, 60))

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from rewarm.cli.offload import app
 from rewarm.errors import UserError
-from rewarm.offload.profile import Profile
+from rewarm.offload.runtime.profile import Profile
 
 CASE = ["--parameters", "2e9", "--forward", "0.1", "--backward", "0.2", "--device-memory", "4"]
 

@@ -11,12 +11,12 @@ from torch import Tensor
 from rewarm.config.offload import OffloadConfig
 from rewarm.engine.offload import Offload
 from rewarm.engine.portable import MOMENTS
-from rewarm.offload import adamw
-from rewarm.offload.execute import GroupStep
+from rewarm.kernels import adamw
+from rewarm.offload.runtime.execute import GroupStep
 
 
 class KernelAdamW(torch.optim.AdamW):
-    """torch's AdamW with the arithmetic of :mod:`rewarm.offload.adamw`, so that a run has the same bits with its
+    """torch's AdamW with the arithmetic of :mod:`rewarm.kernels.adamw`, so that a run has the same bits with its
     state offloaded and without; on a GPU without the compiled kernel it is torch's."""
 
     def uses_kernels(self, parameter: Tensor) -> bool:

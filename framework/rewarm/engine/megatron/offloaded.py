@@ -19,7 +19,7 @@ from rewarm.engine.megatron import compat
 from rewarm.engine.megatron.update import GroupStepAdamW
 from rewarm.engine.offload import Offload
 from rewarm.engine.portable import MOMENTS
-from rewarm.offload.execute import GroupStep
+from rewarm.offload.runtime.execute import GroupStep
 
 
 @dataclass(frozen=True, slots=True)

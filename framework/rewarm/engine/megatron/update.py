@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from rewarm.engine.portable import MOMENTS
-from rewarm.offload import adamw
-from rewarm.offload.execute import GroupStep
+from rewarm.kernels import adamw
+from rewarm.offload.runtime.execute import GroupStep
 
 
 class GroupStepAdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov and Hutter, 2019, arXiv:1711.05101) with the state layout of Apex's and Transformer
     Engine's FusedAdam: ``step`` in the group, ``exp_avg`` and ``exp_avg_sq`` per parameter.
 
-    The arithmetic is that of :mod:`rewarm.offload.adamw`, so that a run has the same bits with its state offloaded
+    The arithmetic is that of :mod:`rewarm.kernels.adamw`, so that a run has the same bits with its state offloaded
     and without; on a GPU without the compiled kernel it is torch's.
 
     Attributes:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rewarm import native
 from rewarm.engine.deepspeed.partitions import Partitions, open_partitions
 from rewarm.engine.deepspeed.update import KernelAdamW
 from rewarm.engine.portable import MOMENTS
+from rewarm.kernels import native
 
 GPU = torch.device("cuda", 0)
 CPU = torch.device("cpu")
