@@ -22,6 +22,7 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).parent
 VERSIONS = runpy.run_path(str(ROOT / "framework" / "rewarm" / "versions.py"))
 NATIVE = runpy.run_path(str(ROOT / "framework" / "rewarm" / "kernels" / "native.py"))
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.30,<2"]
 # Contraction is off because the update must round alike on every instruction set (csrc/common/adamw.h).
 CXX_FLAGS = [
     "-std=c++17",
@@ -169,7 +170,9 @@ setup(
             "ruff>=0.8",
             "mypy>=1.13",
             "types-PyYAML",
+            *DOCS,
         ],
+        "docs": DOCS,
         "tensorboard": ["tensorboard>=2.17"],
     },
     entry_points={"console_scripts": ["rewarm=rewarm.__main__:main"]},

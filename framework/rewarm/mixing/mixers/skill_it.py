@@ -18,7 +18,7 @@ class SkillItConfig(Section):
     """Weights from recent losses through a graph of which domain helps which (Chen et al. 2023)."""
 
     graph: dict[str, dict[str, float]]
-    """graph[a][b]: how much training on a lowers the loss on b; pairs that are left out count 0."""
+    """``graph[a][b]``: how much training on a lowers the loss on b; pairs that are left out count 0."""
     step_size: float = Field(0.5, gt=0)
     """Factor before the exponential; second-hand default, the paper tunes it."""
     memory: int = Field(3, ge=1)
