@@ -14,7 +14,7 @@ LAYERS = [
     {"config"},
     {"data", "schedule", "kernels"},
     {"mixing", "replay"},
-    {"model", "offload", "checkpoint"},
+    {"model", "offload", "checkpoint", "optimizers"},
     {"engine", "planner"},
     {"evaluation", "retention", "resilience", "tracking"},
     {"train"},

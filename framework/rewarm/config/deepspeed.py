@@ -153,8 +153,8 @@ def _check_deepspeed(config: RunConfig) -> None:
             "precision=bfloat16 with deepspeed.zero_stage=0 drifts ten times further from fp32 than stage 1 does in "
             "DeepSpeed 0.19; set deepspeed.zero_stage to 1 or more"
         )
-    if config.optimizer.name == "sgd" and (settings.needs_cpu_adam or settings.offload_optimizer == "nvme"):
+    if config.optimizer.name != "adamw" and (settings.needs_cpu_adam or settings.offload_optimizer == "nvme"):
         raise ValueError(
-            "optimizer.name=sgd cannot be used with deepspeed.offload_ratio below 1 or "
+            f"optimizer.name={config.optimizer.name} cannot be used with deepspeed.offload_ratio below 1 or "
             "deepspeed.offload_optimizer=nvme, which move the state of Adam"
         )

@@ -99,10 +99,10 @@ def check_offload(config: RunConfig) -> None:
         raise ignored("offload.split_master", f"{by}, under which nothing is split", False)
     if not places_state(config):
         return
-    if not config.optimizer.has_moments:
+    if not config.optimizer.rule.can_be_offloaded:
         raise ValueError(
-            f"offload.mode={mode} moves the state of AdamW, and optimizer.name={config.optimizer.name} has none to "
-            "move: set offload.mode=none or optimizer.name=adamw"
+            f"offload.mode={mode} moves the state of AdamW, and not that of optimizer.name={config.optimizer.name}: "
+            "set offload.mode=none or optimizer.name=adamw"
         )
     for name in ("offload_optimizer", "offload_parameters"):
         if getattr(deepspeed, name) != "none":

@@ -205,6 +205,9 @@ def chosen_settings(registry: Registry[Any], section: Section, choice: str) -> S
 MIXERS: Registry[Any] = Registry("mixer", "mixture.mixer", "rewarm.mixing.mixers")
 """Subclasses of :class:`rewarm.mixing.mixers.base.Mixer`."""
 
+OPTIMIZERS: Registry[Any] = Registry("optimizer", "optimizer.name", "rewarm.optimizers")
+"""Subclasses of :class:`rewarm.optimizers.base.UpdateRule`."""
+
 SCHEDULES: Registry[Any] = Registry("schedule", "schedule.kind", "rewarm.schedule.kinds")
 """Subclasses of :class:`rewarm.schedule.kinds.base.Schedule`."""
 

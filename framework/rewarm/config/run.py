@@ -15,7 +15,7 @@ from rewarm.config.mixture import MixtureConfig, ReplayConfig
 from rewarm.config.model import ModelConfig
 from rewarm.config.offload import OffloadConfig, check_offload
 from rewarm.config.paths import PathText
-from rewarm.config.registry import MIXERS, SCHEDULES, Registry
+from rewarm.config.registry import MIXERS, OPTIMIZERS, SCHEDULES, Registry
 from rewarm.config.section import MOST_TOKENS, Duration, Section, parse_duration, resolve_duration
 from rewarm.config.training import (
     BatchConfig,
@@ -173,7 +173,7 @@ class RunConfig(Section):
         return tokens // self.tokens_per_step
 
 
-CHOICES: dict[str, Registry[Any]] = {"mixture": MIXERS, "schedule": SCHEDULES}
+CHOICES: dict[str, Registry[Any]] = {"mixture": MIXERS, "optimizer": OPTIMIZERS, "schedule": SCHEDULES}
 """The section of each field that chooses a method by name."""
 
 

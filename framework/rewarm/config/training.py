@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rewarm.config.registry import SCHEDULES, SHAPES, check_chosen, chosen_settings
+from rewarm.config.registry import OPTIMIZERS, SCHEDULES, SHAPES, check_chosen, chosen_settings
 from rewarm.config.section import Duration, Section, ignored, parse_duration
-
-WITHOUT_MOMENTS = frozenset({"sgd"})
-"""The values of ``optimizer.name`` whose state is no more than the parameters."""
 
 
 class BatchConfig(Section):
@@ -24,14 +21,13 @@ class BatchConfig(Section):
     """Windows per forward pass on one rank; must divide global_batch_size / data-parallel ranks."""
 
 
-class OptimizerConfig(Section):
+class OptimizerBase(Section):
     """The update rule."""
 
-    name: Literal["adamw", "adamw_8bit", "sgd"] = "adamw"
-    """adamw: decoupled weight decay, fp32 state. adamw_8bit: the same with moments of one byte each, an approximation
-    that keeps 6 bytes per parameter instead of 12. sgd: plain, mainly to check gradients."""
+    name: str = "adamw"
+    """How parameters move by their gradients."""
     beta1: float = Field(0.9, ge=0, lt=1)
-    """Decay of the first moment (momentum under sgd is always 0)."""
+    """Decay of the first moment."""
     beta2: float = Field(0.95, ge=0, lt=1)
     """Decay of the second moment."""
     epsilon: float = Field(1e-8, gt=0)
@@ -42,21 +38,38 @@ class OptimizerConfig(Section):
     """Largest global gradient norm; 0 means no clipping."""
 
     @property
+    def rule(self) -> Any:
+        """The registered class, a subclass of :class:`rewarm.optimizers.base.UpdateRule`."""
+        return OPTIMIZERS[self.name].target
+
+    @property
+    def settings(self) -> Section | None:
+        """The rule's own section, with its defaults where it is not given; None if it has no settings."""
+        return chosen_settings(OPTIMIZERS, self, "name")
+
+    @property
     def eight_bit(self) -> bool:
         """True if the moments have one byte each."""
-        return self.name == "adamw_8bit"
+        return bool(self.rule.eight_bit)
 
     @property
     def has_moments(self) -> bool:
         """True if the state is more than the parameters."""
-        return self.name not in WITHOUT_MOMENTS
+        return bool(self.rule.moments)
 
     @model_validator(mode="after")
-    def _check_ignored(self) -> OptimizerConfig:
+    def _check_ignored(self) -> Self:
         for name in ("beta1", "beta2", "epsilon"):
-            if self.name == "sgd" and getattr(self, name) != type(self).model_fields[name].default:
-                raise ignored(f"optimizer.{name}", "optimizer.name=sgd")
+            if name not in self.rule.uses and getattr(self, name) != type(self).model_fields[name].default:
+                raise ignored(f"optimizer.{name}", f"optimizer.name={self.name}")
+        check_chosen(OPTIMIZERS, self, "name")
         return self
+
+
+if TYPE_CHECKING:
+    OptimizerConfig = OptimizerBase
+else:
+    OptimizerConfig = OPTIMIZERS.section(OptimizerBase, "name")
 
 
 class ScheduleBase(Section):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,20 @@ class AdamWStep(ctypes.Structure):
             "grad_scale",
         )
     ]
+
+    @classmethod
+    def of_group(cls, group: Mapping[str, Any], grad_scale: float = 1.0) -> AdamWStep:
+        """The constants of a parameter group of torch that counts its updates in ``step``, from 1."""
+        beta1, beta2 = group["betas"]
+        return cls.prepare(
+            step=group["step"],
+            learning_rate=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            epsilon=group["eps"],
+            weight_decay=group["weight_decay"],
+            grad_scale=grad_scale,
+        )
 
     @classmethod
     def prepare(

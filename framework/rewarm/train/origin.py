@@ -8,8 +8,8 @@ from pathlib import Path
 import yaml
 
 from rewarm.checkpoint import store
+from rewarm.config.registry import OPTIMIZERS
 from rewarm.config.run import RunConfig
-from rewarm.config.training import WITHOUT_MOMENTS
 from rewarm.errors import UserError
 from rewarm.model.description import ModelDescription
 from rewarm.model.files import list_carried
@@ -69,15 +69,15 @@ def find_origin(config: RunConfig) -> Origin:
 
 
 def _check_optimizer(config: RunConfig, parent: Parent) -> None:
-    """Refuse to keep moments that one of the two update rules does not have: AdamW would correct the zeros of a
+    """Refuse to keep moments that one of the two update rules does not fill: AdamW would correct the zeros of a
     parent without any as if they stood for all of its updates."""
     written = parent.folder / "config.yaml"
     if not written.is_file():
         return  # an imported model: the engine says that its checkpoint holds no optimizer state
     before, now = yaml.safe_load(written.read_text())["optimizer"]["name"], config.optimizer.name
-    if (before not in WITHOUT_MOMENTS) != config.optimizer.has_moments:
+    if before not in OPTIMIZERS or OPTIMIZERS[before].target.moments != config.optimizer.rule.moments:
         raise UserError(
             f"optimizer_state=keep, but parent={config.parent} was trained with optimizer.name={before}, and this "
-            f"stage has optimizer.name={now}: one of them has no moments",
+            f"stage has optimizer.name={now}: they do not keep the same moments",
             fix="set optimizer_state=reset, or train with the parent's optimizer",
         )

@@ -9,7 +9,8 @@ import torch
 
 from ranks import single_workers
 from ranks.harness import run_ranks
-from rewarm.engine.megatron.optimizer import GroupStepAdamW, GroupStepSGD
+from rewarm.config.training import OptimizerConfig
+from rewarm.engine.megatron.update import ShardOptimizer
 
 
 def test_adamw_is_torchs() -> None:
@@ -17,7 +18,8 @@ def test_adamw_is_torchs() -> None:
     ours = torch.randn(5, 3, generator=generator).requires_grad_()
     theirs = ours.detach().clone().requires_grad_()
     settings = {"betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.3}
-    optimizer = GroupStepAdamW([{"params": [ours]}], **settings)
+    chosen = OptimizerConfig(beta1=0.8, beta2=0.95, epsilon=1e-6, weight_decay=0.3)
+    optimizer = ShardOptimizer([{"params": [ours]}], chosen.rule(chosen))
     optimizer.allocate()
     reference = torch.optim.AdamW([theirs], lr=1.0, **settings)
     for step in range(5):
@@ -33,7 +35,8 @@ def test_adamw_is_torchs() -> None:
 
 def test_sgd_with_decoupled_decay() -> None:
     weight = torch.tensor([2.0, -4.0]).requires_grad_()
-    optimizer = GroupStepSGD([{"params": [weight], "lr": 0.5}], (0.9, 0.95), 1e-8, weight_decay=0.1)
+    chosen = OptimizerConfig(name="sgd", weight_decay=0.1)
+    optimizer = ShardOptimizer([{"params": [weight], "lr": 0.5}], chosen.rule(chosen))
     optimizer.allocate()
     weight.grad = torch.tensor([1.0, 2.0])
     optimizer.step()

@@ -10,11 +10,11 @@ from torch import nn
 from rewarm.config.offload import places_state
 from rewarm.config.run import RunConfig
 from rewarm.engine.deepspeed.shards import local_shape
-from rewarm.engine.deepspeed.update import KernelAdamW, OffloadedStep
+from rewarm.engine.deepspeed.update import OffloadedStep, RuleOptimizer, StatelessOptimizer
 
 
 def build_optimizer(config: RunConfig, module: nn.Module) -> torch.optim.Optimizer:
-    """AdamW or gradient descent over the model's parameters; norms and biases are not decayed.
+    """The run's update rule over the model's parameters; norms and biases are not decayed.
 
     DeepSpeed's CPU Adam is used only where DeepSpeed insists on it.
     """
@@ -25,16 +25,16 @@ def build_optimizer(config: RunConfig, module: nn.Module) -> torch.optim.Optimiz
         {"params": [p for p in parameters if len(local_shape(p)) <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    if settings.name == "sgd":
-        # Decoupled and coupled decay are the same thing without momentum.
-        return torch.optim.SGD(groups, lr=0.0)
+    rule = settings.rule(settings)
+    if not rule.moments:
+        return StatelessOptimizer(groups, rule)
     options: dict[str, Any] = {"lr": 0.0, "betas": (settings.beta1, settings.beta2), "eps": settings.epsilon}
     if config.deepspeed.needs_cpu_adam:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, adamw_mode=True, fp32_optimizer_states=True, **options)
-    kind = OffloadedStep if places_state(config) else KernelAdamW
-    return kind(groups, fused=True, **options)
+    kind = OffloadedStep if places_state(config) else RuleOptimizer
+    return kind(groups, rule, fused=True, **options)
 
 
 def set_learning_rate(wrapper: Any, learning_rate: float) -> None:

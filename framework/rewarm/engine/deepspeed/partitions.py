@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rewarm.config.offload import OffloadConfig
-from rewarm.engine.deepspeed.update import KernelAdamW, OffloadedStep
+from rewarm.engine.deepspeed.update import OffloadedStep, RuleOptimizer
 from rewarm.engine.portable import MOMENTS, WEIGHT
 
 
@@ -111,7 +111,7 @@ class Partitions(ABC):
         if not isinstance(updater, torch.optim.AdamW):
             return steps
         on_device = bool(updater.defaults.get("fused") or updater.defaults.get("capturable"))
-        if isinstance(updater, KernelAdamW):
+        if isinstance(updater, RuleOptimizer):
             on_device = on_device and not updater.uses_kernels(flat)
         return torch.tensor(float(steps), dtype=torch.float32, device=flat.device if on_device else "cpu")
 

@@ -1,4 +1,4 @@
-"""AdamW as DeepSpeed's client optimizer: the project's kernel, with its state where the run wants it."""
+"""The update rules as DeepSpeed's client optimizer, with their state where the run wants it."""
 
 from __future__ import annotations
 
@@ -13,15 +13,41 @@ from rewarm.engine.offload import Offload
 from rewarm.engine.portable import MOMENTS
 from rewarm.kernels import adamw
 from rewarm.offload.runtime.execute import GroupStep
+from rewarm.optimizers.adamw import AdamW
+from rewarm.optimizers.base import UpdateRule
 
 
-class KernelAdamW(torch.optim.AdamW):
-    """torch's AdamW with the arithmetic of :mod:`rewarm.kernels.adamw`, so that a run has the same bits with its
-    state offloaded and without; on a GPU without the compiled kernel it is torch's."""
+class StatelessOptimizer(torch.optim.Optimizer):
+    """An update rule that keeps no state."""
+
+    def __init__(self, groups: list[dict[str, Any]], rule: UpdateRule) -> None:
+        super().__init__(groups, {"lr": 0.0})
+        self.rule = rule
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            owned = [parameter for parameter in group["params"] if parameter.grad is not None]
+            self.rule.update(group, owned, [parameter.grad for parameter in owned], [{}] * len(owned), 1.0)
+
+
+class RuleOptimizer(torch.optim.AdamW):
+    """An update rule with the state layout of torch's AdamW, which DeepSpeed knows.
+
+    Args:
+        groups: of parameters.
+        rule: AdamW on a GPU without the compiled kernel is torch's own.
+        options: of torch's AdamW.
+    """
+
+    def __init__(self, groups: Any, rule: UpdateRule, **options: Any) -> None:
+        super().__init__(groups, **options)
+        self.rule = rule
 
     def uses_kernels(self, parameter: Tensor) -> bool:
         """True if a parameter's update is ours, which reads ``step`` on the host; torch's reads it on the device."""
-        return adamw.runs_on(parameter.device)
+        return not isinstance(self.rule, AdamW) or adamw.runs_on(parameter.device)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
@@ -36,12 +62,11 @@ class KernelAdamW(torch.optim.AdamW):
                 if name not in state:
                     state[name] = torch.zeros_like(parameter)
             state["step"] = state.get("step", torch.tensor(0.0)) + 1
-            constants = GroupStep.of(group).constants(int(state["step"]))
-            tensors = (parameter, *(state[name] for name in MOMENTS), parameter.grad)
-            adamw.update(constants, *(tensor.detach().view(-1) for tensor in tensors))
+            counted = {**group, "step": int(state["step"])}
+            self.rule.update(counted, [parameter], [parameter.grad], [state], 1.0)
 
 
-class OffloadedStep(KernelAdamW):
+class OffloadedStep(RuleOptimizer):
     """The same with the moments under the offload section, and off the device a second fp32 copy of what DeepSpeed
     hands it.
 

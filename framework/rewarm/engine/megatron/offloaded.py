@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rewarm.config.offload import OffloadConfig
 from rewarm.engine.megatron import compat
-from rewarm.engine.megatron.update import GroupStepAdamW
+from rewarm.engine.megatron.update import ShardOptimizer
 from rewarm.engine.offload import Offload
 from rewarm.engine.portable import MOMENTS
 from rewarm.offload.runtime.execute import GroupStep
@@ -38,7 +38,7 @@ class _Owned:
     group: int
 
 
-class OffloadedAdamWStep(GroupStepAdamW):
+class OffloadedAdamWStep(ShardOptimizer):
     """AdamW whose moments, and fp32 parameters where the model's are 16 bits, are not torch's to hold.
 
     Attributes:

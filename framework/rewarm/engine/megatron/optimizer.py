@@ -21,7 +21,7 @@ from rewarm.engine import device, ranks
 from rewarm.engine.megatron import compat
 from rewarm.engine.megatron.offloaded import OffloadedAdamWStep, OffloadedOptimizer
 from rewarm.engine.megatron.overlap import Overlap, Replica
-from rewarm.engine.megatron.update import GroupStepAdamW, GroupStepSGD
+from rewarm.engine.megatron.update import ShardOptimizer
 
 
 class _ShardedOptimizer(DistributedOptimizer):
@@ -45,7 +45,7 @@ class Optimizer:
     ) -> None:
         self._settings = settings
         offloaded = offload.mode != "none" or settings.eight_bit
-        kind = GroupStepSGD if settings.name == "sgd" else OffloadedAdamWStep if offloaded else GroupStepAdamW
+        kind = OffloadedAdamWStep if offloaded else ShardOptimizer
         compat.accept_optimizer(kind)
         config = MegatronOptimizerConfig(
             optimizer="adam",
@@ -60,7 +60,7 @@ class Optimizer:
         groups, buffers = _get_param_groups_and_buffers(
             list(chunks), 0, config, get_standard_config_overrides(config), lambda group: True, "buffers"
         )
-        self._inner = kind(groups, (settings.beta1, settings.beta2), settings.epsilon, settings.weight_decay)
+        self._inner = kind(groups, settings.rule(settings))
         self.sharded = (OffloadedOptimizer if offloaded else _ShardedOptimizer)(
             self._inner,
             config,

@@ -11,13 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from rewarm.config.training import OptimizerConfig
 from rewarm.engine.deepspeed.partitions import Partitions, open_partitions
-from rewarm.engine.deepspeed.update import KernelAdamW
+from rewarm.engine.deepspeed.update import RuleOptimizer
 from rewarm.engine.portable import MOMENTS
 from rewarm.kernels import native
+from rewarm.optimizers.adamw import AdamW
 
 GPU = torch.device("cuda", 0)
 CPU = torch.device("cpu")
+RULE = AdamW(OptimizerConfig())
 OPTIONS: dict[str, Any] = {"lr": 0.0, "betas": (0.9, 0.95), "eps": 1e-8}
 
 
@@ -44,7 +47,7 @@ def test_without_kernels_the_count_lies_where_torchs_fused_update_reads_it(
 ) -> None:
     monkeypatch.setattr(native, "load_cuda", lambda: None)
     flats = [flat(GPU), flat(GPU)]
-    optimizer = KernelAdamW(flats, fused=True, **OPTIONS)
+    optimizer = RuleOptimizer(flats, RULE, fused=True, **OPTIONS)
     partitions(stage, flats, optimizer).set_steps(7)
     for each in flats:
         state = optimizer.state[each]
@@ -58,7 +61,10 @@ def test_what_torch_makes_itself_lies_there_too(monkeypatch: pytest.MonkeyPatch)
     ours, theirs = flat(GPU), flat(GPU)
     for each in (ours, theirs):
         each.grad = torch.zeros_like(each)
-    optimizer, plain = KernelAdamW([ours], fused=True, **OPTIONS), torch.optim.AdamW([theirs], fused=True, **OPTIONS)
+    optimizer, plain = (
+        RuleOptimizer([ours], RULE, fused=True, **OPTIONS),
+        torch.optim.AdamW([theirs], fused=True, **OPTIONS),
+    )
     for each in (optimizer, plain):
         each.step()
     assert optimizer.state[ours]["step"].device == plain.state[theirs]["step"].device == GPU
@@ -68,14 +74,14 @@ def test_with_kernels_the_count_lies_on_the_host(monkeypatch: pytest.MonkeyPatch
     """A count on the device would be waited for at every parameter of every step."""
     monkeypatch.setattr(native, "load_cuda", lambda: object())
     each = flat(GPU)
-    optimizer = KernelAdamW([each], fused=True, **OPTIONS)
+    optimizer = RuleOptimizer([each], RULE, fused=True, **OPTIONS)
     partitions(1, [each], optimizer).set_steps(7)
     assert optimizer.state[each]["step"].device == CPU
 
 
 def test_offloaded_flats_keep_all_on_the_host() -> None:
     each = flat(CPU)
-    optimizer = KernelAdamW([each], fused=True, **OPTIONS)
+    optimizer = RuleOptimizer([each], RULE, fused=True, **OPTIONS)
     partitions(2, [each], optimizer).set_steps(7)
     assert {value.device for value in optimizer.state[each].values()} == {CPU}
 
