@@ -278,12 +278,15 @@ def _encode(settings: BuildSettings, job: _Job, encode: EncodeSettings, on_progr
         on_progress("tokenizing", done, total)
 
     records = rejects = 0
+    first: BatchCounts | None = None
     workers = settings.workers or len(os.sched_getaffinity(0))
     for counts in encode_batches(unique, encode, job.work, workers, on_bytes):
         records, rejects = records + counts.records, rejects + counts.rejects
+        first = first if first is not None or not counts.rejects else counts
         # No use in reading a terabyte to its end with the wrong --text-key.
         if rejects >= _HOPELESS_REJECTS and rejects > max(0.5, settings.tolerance) * records:
-            raise _hopeless(unique[counts.batch], counts, rejects, records)
+            assert first is not None
+            raise _hopeless(unique[first.batch], first, rejects, records)
 
 
 def _hopeless(batch: Batch, counts: BatchCounts, rejects: int, records: int) -> UserError:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rewarm.data.columnar import columnar_units
+from rewarm.data.domain import DOMAIN_FILE
 from rewarm.data.formats import COLUMNAR, KNOWN, Kind, may_hold_text, probe, suffix_kind
 from rewarm.data.hub import dataset_files, is_saved_dataset
 from rewarm.data.readers import Shard, TextDocument
@@ -167,6 +168,10 @@ def _files_of_folder(folder: Path, kind: Kind | None) -> tuple[list[_Found], int
             continue
         visited.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if DOMAIN_FILE in names:
+            # The output of a build may lie in its input, and its list of rejects would be taken for text.
+            ignored += len(names)
+            continue
         for name in sorted(names):
             path = Path(root) / name
             wanted = not name.startswith(".") and (kind is not None or may_hold_text(path))

@@ -28,14 +28,16 @@ def publish(output: Path, work: Path) -> None:
     """
     result, old = work / RESULT_FOLDER, work / _OLD_FOLDER
     old.mkdir(exist_ok=True)
+    moved: list[str] = []
     try:
         for name in reversed(_FILES):
             _move(output / name, old / name)
         for name in _FILES:
             _move(result / name, output / name)
+            moved.append(name)
         _sync(output)
     except BaseException:
-        for name in _FILES:
+        for name in moved:
             _move(output / name, result / name)
         undo(output, work)
         raise
