@@ -90,7 +90,8 @@ def read_all(stream: IO[bytes], name: str, limit: int) -> bytes:
 def unreadable(name: str, error: Exception) -> UserError:
     """What is said of an input that is damaged, or that the system cannot read."""
     number = getattr(error, "errno", None)
-    what = f"cannot be read: {getattr(error, 'strerror', error)}" if number else f"is damaged or cut short: {error}"
+    why = " ".join(str(error).split())  # some libraries write several lines
+    what = f"cannot be read: {getattr(error, 'strerror', why)}" if number else f"is damaged or cut short: {why}"
     return UserError(
         f"{name} {what}", fix="copy it again from its source, then run the same command: what is done is kept"
     )
