@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _LOOKED_AT = 64
 """Documents of a bare pair that are looked at, evenly over it."""
+_SAME_ENDS = 8
+"""Documents that do not end with one token by chance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +112,13 @@ def chosen_bos(folder: Path, wanted: bool | None) -> tuple[Mark | None, str | No
     return None, None
 
 
-def boundary_notices(domains: list[Domain], tokenizer: Path) -> list[str]:
+def boundary_notices(domains: list[Domain], tokenizer: Path, *, has_parent: bool) -> list[str]:
     """What should be known of domains whose documents have other marks than the model's tokenizer suggests.
 
     Args:
         domains: that are trained on.
         tokenizer: folder of the model's.
+        has_parent: whether the model was trained before, perhaps with a BOS.
 
     Raises:
         UserError: if there is no tokenizer.
@@ -130,7 +133,8 @@ def boundary_notices(domains: list[Domain], tokenizer: Path) -> list[str]:
                 "run into each other and the model does not learn to stop (Megatron's preprocess_data.py needs "
                 "--append-eod; rewarm data build writes it)"
             )
-        if not begins and marks.leading is not None and domain.info.get("bos_refused") is not True:
+        refused = domain.info.get("bos_refused") is True
+        if has_parent and not begins and marks.leading is not None and not refused:
             notices.append(
                 f"domain {domain.name!r} ({domain.path}): no document begins with {marks.leading.token}, which the "
                 "tokenizer puts in front of every text: if the parent was trained with it, build the domain with --bos"
@@ -139,15 +143,13 @@ def boundary_notices(domains: list[Domain], tokenizer: Path) -> list[str]:
 
 
 def _habits(domain: Domain, marks: DocumentMarks) -> tuple[bool, bool]:
-    """Whether any document that is looked at begins with BOS, and whether any ends with EOS or what the build wrote."""
+    """Whether any document that is looked at begins with BOS, and whether any ends with EOS or all with one token."""
     if domain.info:
         return domain.info.get("beginning_of_document") is not None, True
-    begins = ends = False
     source: IndexedTokens = domain.train.source
     count = min(_LOOKED_AT, source.num_documents)
-    for place in range(count):
-        document = source.document(source.num_documents * place // count)
-        if len(document):
-            begins = begins or (marks.leading is not None and int(document[0]) == marks.leading.identity)
-            ends = ends or (marks.eos is not None and int(document[-1]) == marks.eos.identity)
-    return begins, ends
+    looked_at = [source.document(source.num_documents * place // count) for place in range(count)]
+    first = {int(document[0]) for document in looked_at if len(document)}
+    last = {int(document[-1]) for document in looked_at if len(document)}
+    begins = marks.leading is not None and marks.leading.identity in first
+    return begins, (marks.eos is not None and marks.eos.identity in last) or (len(last) == 1 and count >= _SAME_ENDS)

@@ -13,6 +13,7 @@ import numpy as np
 
 from rewarm.checkpoint.distributed import read_state
 from rewarm.config.run import RunConfig
+from rewarm.data.boundaries import boundary_notices
 from rewarm.data.conditioning import Conditioning, prefix_tokens
 from rewarm.data.domain import Domain, open_domain
 from rewarm.engine.layout import check_layout
@@ -226,6 +227,8 @@ def resolve_stage(config: RunConfig, num_ranks: int) -> Stage:
     trained = new + [domain for domain, _ in old.replayed]
     assert names == [domain.name for domain in trained], (names, trained)
     check_tokenizers(tokenizer, architecture, trained)
+    if tokenizer is not None:
+        old.messages.extend(boundary_notices(new, tokenizer, has_parent=origin.parent is not None))
     evaluated = trained + _watchable(old, tokenizer, architecture)
     _check_enough_windows(config, trained, weights, orders)
     if origin.checkpoint is None:  # a run that has begun goes on: what a phase may cost the objective is in its log

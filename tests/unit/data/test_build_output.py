@@ -57,7 +57,7 @@ def test_names_that_are_not_utf_8(settings: BuildSettings, tmp_path: Path, texts
         assert changed and info["rejects"] == 1 and build_domain(built) == (info, False)
         reject = json.loads((output / "rejects.jsonl").read_text())
         assert reject["file"] == str(corpus)
-        assert open_domain("odd", DomainConfig(path=str(output)), 8).info["inputs"] == [str(odd)]
+        assert json.loads((output / "domain.json").read_text())["inputs"] == [str(odd)]
 
 
 @pytest.mark.parametrize("failing", ["assemble", "close", 0, 3, 7, 11, "tolerance", "held_out"])
@@ -253,8 +253,9 @@ def test_bos_is_offered_where_the_tokenizer_has_it(settings: BuildSettings, with
         assert (firsts == {mark.identity}) is bool(wanted) and len(info["notices"]) == notices
         assert ("--bos" in build_caption(built.output, info)) is (wanted is None)
         domain = open_domain("mine", DomainConfig(path=str(built.output)), 8)
-        assert len(boundary_notices([domain], with_bos)) == notices
-        assert boundary_notices([domain], settings.tokenizer) == []
+        assert len(boundary_notices([domain], with_bos, has_parent=True)) == notices
+        assert boundary_notices([domain], with_bos, has_parent=False) == []
+        assert boundary_notices([domain], settings.tokenizer, has_parent=True) == []
     (with_bos / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>", "add_bos_token": False}))
     assert document_marks(with_bos).leading is None
 
@@ -267,8 +268,12 @@ def test_bare_pairs_without_document_ends_are_named(settings: BuildSettings, wit
         ("whole", document, []),
         ("no_eos", document[:-1], ["--append-eod"]),
         ("no_bos", document[1:], ["--bos"]),
+        ("other_eos", [*document[:-1], 25], []),
     ):
-        write_pair(tmp_path / name, np.array(tokens * 50, np.uint16), [len(tokens)] * 50)
+        stream = np.array([tokens] * 50, np.uint16)
+        if name == "no_eos":
+            stream[:, -1] = np.arange(50) + 30
+        write_pair(tmp_path / name, stream.reshape(-1), [len(tokens)] * 50)
         domain = open_domain(name, DomainConfig(path=str(tmp_path / name), held_out_fraction=0.1), 8)
-        notices = boundary_notices([domain], with_bos)
+        notices = boundary_notices([domain], with_bos, has_parent=True)
         assert len(notices) == len(words) and all(word in one for word, one in zip(words, notices, strict=True))
