@@ -32,7 +32,8 @@ def dry_run(config: RunConfig, num_ranks: int) -> list[str]:
     Raises:
         UserError: for what training would refuse.
     """
-    stage = resolve_stage(config.model_copy(update={"mixture": with_targets(config.mixture)}), num_ranks)
+    config = config.model_copy(update={"mixture": with_targets(config.mixture, list(config.data))})
+    stage = resolve_stage(config, num_ranks)
     config = stage.config
     messages = _check_folder(config, started=stage.origin.checkpoint is not None)
     return [

@@ -35,7 +35,7 @@ from rewarm.mixing.weights import TOTAL, align, fractions
 from rewarm.model.architecture import Architecture
 from rewarm.model.description import ModelDescription, from_scratch
 from rewarm.model.tokenizer_check import required_rows
-from rewarm.replay.lineage import ConsumedDomain, Lineage, order_identity
+from rewarm.replay.lineage import ConsumedDomain, Lineage, measure_identity, order_identity
 from rewarm.replay.lineage import Stage as LineageStage
 from rewarm.replay.windows import ReplayOrder, replay_order
 from rewarm.schedule.learning_rate import LearningRate
@@ -164,14 +164,27 @@ class Stage:
     def _max_epochs(self, name: str) -> float | None:
         return self.config.data[name].max_epochs if name in self.config.data else None
 
-    def lineage(self, learning_rate: float | None, tokens: int, cursors: Mapping[str, int]) -> Lineage:
+    def measured_on(self, domain: Domain) -> str:
+        """Identity of the held-out windows that a domain is evaluated on."""
+        num_windows = min(self.config.evaluation.windows_per_domain, len(domain.held_out))
+        return measure_identity(domain.held_out_fingerprint, self.config.batch.sequence_length, num_windows)
+
+    def lineage(
+        self,
+        learning_rate: float | None,
+        tokens: int,
+        cursors: Mapping[str, int],
+        losses: Mapping[str, float | None] | None = None,
+    ) -> Lineage:
         """The lineage that ends with this run.
 
         Args:
             learning_rate: of its last step.
             tokens: trained so far.
             cursors: windows drawn of each trained domain.
+            losses: held-out loss of each domain at the last evaluation, nats per token.
         """
+        losses = losses or {}
         length = self.config.batch.sequence_length
         consumed = tuple(
             ConsumedDomain(
@@ -185,6 +198,8 @@ class Stage:
                 tokenizer_fingerprint=domain.tokenizer_fingerprint or "",
                 order=self._order(domain).order,
                 replayed=self._order(domain).replayed,
+                held_out_loss=losses.get(domain.name),
+                measured_on=self.measured_on(domain),
             )
             for domain in self.trained
         )
