@@ -30,6 +30,7 @@ import time
 import venv
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import filterfalse
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +85,17 @@ def list_mutants(modules: list[str]) -> None:
 
     for module in modules:
         tree = get_ast((ROOT / PACKAGE / module).read_text())
-        # Those that need settings put in variables of one's own choice.
-        for name in sorted(set(operator_names()) - {"core/VariableInserter", "core/VariableReplacer"}):
+        for name in sorted(filterfalse(_is_left_out, operator_names())):
             places = Places(get_operator(name)())
             places.walk(tree)
             for occurrence, place in enumerate(places.found):
                 print(json.dumps(asdict(Mutant(module, name, occurrence, place))))
+
+
+def _is_left_out(operator: str) -> bool:
+    """Whether an operator makes no fault of its own: those that put in variables of one's choice, and identity for
+    equality, which differs by how the interpreter shares constants."""
+    return operator.startswith("core/Variable") or operator.endswith(("Eq_Is", "Eq_IsNot"))
 
 
 def make_mutants() -> None:
@@ -151,7 +157,17 @@ def _computed(source: str) -> str:
         body = getattr(node, "body", None)
         if isinstance(body, list):
             node.body = [child for child in body if not _is_text(child)]  # type: ignore[attr-defined]
+    for call in _flags_of_dataclasses(tree):
+        call.keywords = [keyword for keyword in call.keywords if keyword.arg not in ("frozen", "slots")]
     return ast.dump(tree)
+
+
+def _flags_of_dataclasses(tree: ast.Module) -> Iterator[ast.Call]:
+    """The calls of ``dataclass`` as a decorator, whose settings here only forbid what nobody does."""
+    for node in ast.walk(tree):
+        for decorator in getattr(node, "decorator_list", []):
+            if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "dataclass":
+                yield decorator
 
 
 def _is_text(node: ast.stmt) -> bool:
