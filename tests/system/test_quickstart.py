@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from patience import PATIENCE
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -25,7 +27,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def shell(place: Path, command: str, timeout: float = 280) -> str:
+def shell(place: Path, command: str, timeout: float = PATIENCE) -> str:
     """Run a command with the interpreter of the tests instead of a new environment."""
     environment = {
         **os.environ,

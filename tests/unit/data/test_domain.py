@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from patience import PATIENCE
 from rewarm.config.data import DomainConfig
 from rewarm.data.domain import open_domain
 from rewarm.errors import UserError
@@ -129,6 +130,6 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
     """200 domains of 10^12 tokens in all, in sparse files: a table of them would take 10 GB."""
     process = start_python("-c", _OPEN_MANY, str(tmp_path))
-    printed, errors = process.communicate(timeout=120)
+    printed, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
     assert int(printed) < 100

