@@ -8,13 +8,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
 
 from patience import PATIENCE
 from rewarm.mixing.native import declare
-
-settings.register_profile("rewarm", deadline=None)
-settings.load_profile("rewarm")  # a test never asserts a time
 
 SOURCE = Path(__file__).parents[3] / "csrc" / "cpu" / "sampler.cpp"
 
