@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from rewarm.errors import UserError
+from rewarm.errors import UserError, ensure
 
 MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -222,7 +222,10 @@ class IndexedWriter:
             lengths: tokens of each document.
         """
         table = np.fromiter(lengths, np.int32) if not isinstance(lengths, np.ndarray) else lengths.astype(np.int32)
-        assert tokens.dtype == self.dtype and int(table.sum(dtype=np.int64)) == len(tokens)
+        ensure(
+            tokens.dtype == self.dtype and int(table.sum(dtype=np.int64)) == len(tokens),
+            "tokens of another type or number than the documents say",
+        )
         self._bin.write(np.ascontiguousarray(tokens).data)
         self._lengths.append(table)
 
