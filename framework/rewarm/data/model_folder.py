@@ -104,8 +104,8 @@ def list_files(folder: str | Path, patterns: tuple[str, ...], limit: int = MAX_B
         if (folder / name).is_dir() and not (folder / name).is_symlink():
             continue
         real = find_file(folder, name, limit)
-        assert real is not None, f"{folder / name} went away"
-        found[name] = real
+        if real is not None:  # it may go away between the two looks
+            found[name] = real
     return found
 
 
