@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import sys
@@ -57,6 +58,10 @@ def main() -> None:
 
     Exit status: 0 done, 1 an error of ours, 2 something the user can mend, 3 an unfit machine, 130 interrupted.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # A file name need not be text in any encoding; to print it must not be what fails.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     if debug:

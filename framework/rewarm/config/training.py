@@ -232,7 +232,7 @@ class MegatronConfig(Section):
 
     attention: Literal["sdpa", "local", "transformer_engine"] = "sdpa"
     """sdpa: torch's scaled-dot-product kernels. local: Megatron's unfused attention (slower). transformer_engine:
-    Transformer Engine's layers, which must be installed."""
+    Transformer Engine's layers, which must be installed; tested with a stand-in of their layout, not on a GPU."""
     vocab_divisor: int = Field(128, gt=0)
     """The embedding is padded to a multiple of this times parallel.tensor; padded rows never leave in an export."""
     overlap_communication: bool = True

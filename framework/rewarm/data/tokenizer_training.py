@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from rewarm.data.inputs import plan_inputs
-from rewarm.data.readers import ShardReader
+from rewarm.data.inputs import InputOptions, plan_inputs
+from rewarm.data.readers import ShardReader, lines_before
+from rewarm.data.records import TextRule
 from rewarm.errors import UserError
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -76,14 +77,15 @@ def train_from_files(settings: TrainingSettings) -> TrainingText:
 
 def _documents(settings: TrainingSettings, read: TrainingText) -> Iterator[str]:
     """Every k-th document, so that about as much as wanted is learned from all over the input."""
-    plan = plan_inputs(settings.inputs, text_key=settings.text_key, text_document=settings.text_document)
+    rule = TextRule(settings.text_key)
+    plan = plan_inputs(settings.inputs, InputOptions(rule=rule, text_document=settings.text_document))
     stride = max(1, round(plan.num_bytes / (settings.megabytes * 1e6)))
     records = 0
     for shard in plan.shards:
-        for item in ShardReader(shard, settings.text_key, settings.text_document):
+        for item in ShardReader(shard, rule, settings.text_document):
             records += 1
             if item.text is None:
-                read.rejects.append(f"{shard.path}:{item.line}: {item.why}")
+                read.rejects.append(f"{shard.name}:{lines_before(shard) + item.line}: {item.why}")
             elif records % stride == 0 or stride == 1:
                 read.documents += 1
                 read.num_bytes += len(item.text.encode())

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rewarm.engine import device, ranks
 from rewarm.engine.base import Batch, GradientStatistics
+from rewarm.errors import ensure
 
 _BLOCK = 1 << 22
 """Elements that are made float64 at a time."""
@@ -41,7 +42,7 @@ def gradient_statistics(
     squares = torch.zeros(len(tokens), dtype=torch.float64, device=device.local_device())
     passes = [np.array_split(windows, max(2, len(windows) // chunk_size)) for windows in tokens]
     for domain, chunks in enumerate(passes):
-        assert len(tokens[domain]) >= 2, "one window has no variance"
+        ensure(len(tokens[domain]) >= 2, "one window has no variance")
         mean: Tensor | None = None
         for chunk in chunks:
             found = gradient(slice_of(chunk, domain, micro_batch_size, share, num_shares, stages))

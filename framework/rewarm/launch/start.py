@@ -47,6 +47,20 @@ def start(config: RunConfig, arguments: list[str]) -> None:
     sys.exit(launch_local(arguments, num_ranks, config.folder / "logs", watch.busy(), stop_seconds))
 
 
+def dry_run(config: RunConfig) -> list[str]:
+    """What :func:`start` would do, in lines; nothing is written and no rank is started. Empty on other ranks than 0.
+
+    Raises:
+        UserError: for what training would refuse.
+    """
+    from rewarm.train.dry_run import dry_run as describe
+
+    ranks = find_ranks()
+    if ranks.rank:
+        return []
+    return describe(config, local_rank_count(config) if ranks.launcher == "single" else ranks.world_size)
+
+
 def local_rank_count(config: RunConfig) -> int:
     """Ranks to start on this machine when no launcher did."""
     if config.parallel.data != "auto":

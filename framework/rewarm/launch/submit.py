@@ -48,7 +48,7 @@ def check_submission(config: RunConfig, request: JobRequest, cluster: Cluster | 
     from rewarm.train.folder import check_same_stage, prepare_folder
     from rewarm.train.stage import resolve_stage
 
-    config = config.model_copy(update={"mixture": with_targets(config.mixture)})
+    config = config.model_copy(update={"mixture": with_targets(config.mixture, list(config.data))})
     stage = resolve_stage(config, request.num_ranks)
     config = stage.config
     if cluster is not None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from rewarm.config.mixture import ConditioningConfig, MixtureConfig, ReplayConfig
 from rewarm.config.registry import MIXERS
-from rewarm.errors import UserError
+from rewarm.errors import UserError, ensure
 from rewarm.mixing.clock import Clock, falls_to, inside
 from rewarm.mixing.objective import objective_weights
 from rewarm.mixing.weight_log import WeightEntry
@@ -155,7 +155,7 @@ def blend(
         Names and int64 [K] summing to 2^32.
     """
     clash = sorted(set(new) & set(replayed))
-    assert not clash, f"domain {clash[0]!r} is both new and replayed"
+    ensure(not clash, f"domains {clash} are both new and replayed")
     shares = _scaled(new, 1 - replay_fraction)
     if replay_fraction > 0:
         shares |= _scaled(replayed, replay_fraction)

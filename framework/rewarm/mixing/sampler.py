@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rewarm.errors import UserError
+from rewarm.errors import UserError, ensure
 from rewarm.mixing.draws import Draw
 from rewarm.mixing.native import sampler_library
 from rewarm.mixing.order import Part, WindowOrder
@@ -312,8 +312,8 @@ def _check_domains(domains: Sequence[SampledDomain]) -> None:
 
 def _checked(weights: np.ndarray, count: int) -> np.ndarray:
     weights = np.array(weights, dtype=np.int64)
-    assert weights.shape == (count,), f"{weights.shape} weights for {count} domains"
-    assert weights.min() >= 0 and int(weights.sum()) == TOTAL, f"weights sum to {int(weights.sum())}, not 2^32"
+    ensure(weights.shape == (count,), f"{weights.shape} weights for {count} domains")
+    ensure(weights.min() >= 0 and int(weights.sum()) == TOTAL, f"weights sum to {int(weights.sum())}, not 2^32")
     return weights
 
 

@@ -38,7 +38,8 @@ def simulate(
         weights: start weights by domain, any scale; the domains' tokens for a mixer that computes its weights.
         table: one line per update.
         initial: losses before training (velocitune); None takes the first line.
-        targets: losses to reach (velocitune, dynamic_batch_loading), or the reference model's (doremi).
+        targets: losses to reach (velocitune, dynamic_batch_loading), or the reference model's (doremi). Like
+            ``initial`` they may hold domains of the table that have no weight, as old ones that are only evaluated.
         settings: the mixer's own, by name.
 
     Returns:
@@ -49,6 +50,11 @@ def simulate(
     """
     names = list(weights)
     check_weights(list(weights.values()), names)
+    evaluated = {domain for line in table for domain in line.losses}
+    initial, targets = (
+        None if given is None else {n: loss for n, loss in given.items() if n in names or n not in evaluated}
+        for given in (initial, targets)
+    )
     mixer = _make(
         name, names, np.array(list(weights.values()), dtype=np.float64), initial, targets, dict(settings or {})
     )
@@ -129,7 +135,7 @@ def _make(
     given = {_SYMBOLS.get(key, key): value for key, value in settings.items()}
     batch_size = _number(method, "batch_size", given.pop("batch_size", 64))
     total_tokens = given.pop("total_tokens", None)
-    section = _section(method, given, targets)
+    section = _section(method, given, targets, names)
     if not method.target.takes_weights:
         weights = _start(method, section, dict(zip(names, weights.tolist(), strict=True)), total_tokens)
     context = MixerContext(
@@ -153,7 +159,9 @@ def _start(method: Method[Any], section: Section | None, tokens: dict[str, float
     return np.array(list(method.target.start(section, None, tokens, budget).values()), dtype=np.float64)
 
 
-def _section(method: Method[Any], given: dict[str, Any], targets: Mapping[str, float] | None) -> Section | None:
+def _section(
+    method: Method[Any], given: dict[str, Any], targets: Mapping[str, float] | None, names: list[str]
+) -> Section | None:
     """The mixer's section from ``--set`` and ``--targets``. A duration may be given as a number of steps."""
     fields = {} if method.settings is None else method.settings.model_fields
     for name, value in given.items():
@@ -168,7 +176,8 @@ def _section(method: Method[Any], given: dict[str, Any], targets: Mapping[str, f
     for name in {"targets", "reference"} & set(fields):
         if targets is None:
             raise UserError(f"mixer {method.name} needs --targets, a loss for every domain")
-        given[name] = dict(targets)
+        losses = by_domain(targets, names, "--targets").tolist()
+        given[name] = dict(zip(names, losses, strict=True))
     if method.settings is None:
         return None
     try:

@@ -45,7 +45,7 @@ def run_session(config: RunConfig, watch: LoadWatch | None = None) -> None:
 
     ranks = find_ranks()
     check_device()
-    config = config.model_copy(update={"mixture": with_targets(config.mixture)})
+    config = config.model_copy(update={"mixture": with_targets(config.mixture, list(config.data))})
     stage = resolve_stage(config, ranks.world_size)
     config = stage.config
     lock = RunLock(prepare_folder(config)) if ranks.rank == 0 else None

@@ -13,10 +13,11 @@ import numpy as np
 
 from rewarm.checkpoint.distributed import read_state
 from rewarm.config.run import RunConfig
+from rewarm.data.boundaries import boundary_notices
 from rewarm.data.conditioning import Conditioning, prefix_tokens
 from rewarm.data.domain import Domain, open_domain
 from rewarm.engine.layout import check_layout
-from rewarm.errors import UserError
+from rewarm.errors import UserError, ensure
 from rewarm.mixing.clock import Clock
 from rewarm.mixing.controller import MixtureController
 from rewarm.mixing.mixers.build import build_mixer
@@ -34,7 +35,7 @@ from rewarm.mixing.weights import TOTAL, align, fractions
 from rewarm.model.architecture import Architecture
 from rewarm.model.description import ModelDescription, from_scratch
 from rewarm.model.tokenizer_check import required_rows
-from rewarm.replay.lineage import ConsumedDomain, Lineage, order_identity
+from rewarm.replay.lineage import ConsumedDomain, Lineage, measure_identity, order_identity
 from rewarm.replay.lineage import Stage as LineageStage
 from rewarm.replay.windows import ReplayOrder, replay_order
 from rewarm.schedule.learning_rate import LearningRate
@@ -163,14 +164,27 @@ class Stage:
     def _max_epochs(self, name: str) -> float | None:
         return self.config.data[name].max_epochs if name in self.config.data else None
 
-    def lineage(self, learning_rate: float | None, tokens: int, cursors: Mapping[str, int]) -> Lineage:
+    def measured_on(self, domain: Domain) -> str:
+        """Identity of the held-out windows that a domain is evaluated on."""
+        num_windows = min(self.config.evaluation.windows_per_domain, len(domain.held_out))
+        return measure_identity(domain.held_out_fingerprint, self.config.batch.sequence_length, num_windows)
+
+    def lineage(
+        self,
+        learning_rate: float | None,
+        tokens: int,
+        cursors: Mapping[str, int],
+        losses: Mapping[str, float | None] | None = None,
+    ) -> Lineage:
         """The lineage that ends with this run.
 
         Args:
             learning_rate: of its last step.
             tokens: trained so far.
             cursors: windows drawn of each trained domain.
+            losses: held-out loss of each domain at the last evaluation, nats per token.
         """
+        losses = losses or {}
         length = self.config.batch.sequence_length
         consumed = tuple(
             ConsumedDomain(
@@ -184,6 +198,8 @@ class Stage:
                 tokenizer_fingerprint=domain.tokenizer_fingerprint or "",
                 order=self._order(domain).order,
                 replayed=self._order(domain).replayed,
+                held_out_loss=losses.get(domain.name),
+                measured_on=self.measured_on(domain),
             )
             for domain in self.trained
         )
@@ -224,8 +240,10 @@ def resolve_stage(config: RunConfig, num_ranks: int) -> Stage:
     start = planned_entry(config.mixture, 0, names, weights, f"start: {config.mixture.mixer}")
     planned = [start, *planned_changes(config.mixture, config.replay, tokens, shares, _clock(config))]
     trained = new + [domain for domain, _ in old.replayed]
-    assert names == [domain.name for domain in trained], (names, trained)
+    ensure(names == [domain.name for domain in trained], f"the domains of the samples are {names}, others are opened")
     check_tokenizers(tokenizer, architecture, trained)
+    if tokenizer is not None:
+        old.messages.extend(boundary_notices(new, tokenizer, has_parent=origin.parent is not None))
     evaluated = trained + _watchable(old, tokenizer, architecture)
     _check_enough_windows(config, trained, weights, orders)
     if origin.checkpoint is None:  # a run that has begun goes on: what a phase may cost the objective is in its log

@@ -38,7 +38,8 @@ def _layout(run: Run) -> dict[str, Any]:
 
 def prepare_sharded(run: Run, folder: Path) -> None:
     """Write the lineage up to here and make the folders that every rank writes into. On the main rank alone."""
-    lineage = run.stage.lineage(run.last_learning_rate, run.tokens, run.feed.cursors())
+    losses = run.tracker.last_losses
+    lineage = run.stage.lineage(run.last_learning_rate, run.tokens, run.feed.cursors(), losses)
     for place in (folder, run.folder):
         lineage.save(place)
     (folder / MODEL).mkdir()

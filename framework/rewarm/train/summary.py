@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from rewarm.evaluation.comparison import compare, comparison_table
+from rewarm.evaluation.comparison import DomainComparison, compare, comparison_table
 from rewarm.tracking.metrics import EvaluationLine, read_lines
 
 if TYPE_CHECKING:
@@ -25,10 +25,28 @@ def print_summary(run: Run) -> None:
         return
     lines = cast("list[EvaluationLine]", read_lines(run.folder / "evaluation.jsonl"))
     if len(lines) > 1:
-        Console().print(comparison_table(compare(lines, new_domains=set(run.config.data))))
+        table = comparison_table(_compare(run, lines))
+        console = Console()
+        # A table that is cut would lose figures; a terminal that is narrower wraps its lines instead.
+        whole = console.measure(table, options=console.options.update(width=1000)).maximum
+        console.width = max(console.width, whole)
+        console.print(table)
     # Not through rich, which breaks lines at the terminal's width: these are copied.
     print(f"run      {run.folder}")
     print(f"export   {export_command(run.folder)}")
+
+
+def _compare(run: Run, lines: list[EvaluationLine]) -> list[DomainComparison]:
+    lineage, first = run.stage.origin.lineage, lines[0]["domains"]
+    known = {domain.fingerprint for domain in lineage.domains()}
+    new = {domain.name for domain in run.stage.evaluated if domain.fingerprint not in known}
+    learned: dict[str, float | None] = {}
+    for domain in run.stage.evaluated:
+        before = first[domain.name]["loss"] if domain.name in first else None
+        if before is not None:
+            measured_on = run.stage.measured_on(domain)
+            learned[domain.name] = lineage.loss_when_learned(domain.fingerprint, measured_on, before)
+    return compare(lines, new, learned)
 
 
 def export_command(folder: Path) -> str:

@@ -40,8 +40,8 @@ def build_mixer(
     return built
 
 
-def with_targets(mixture: MixtureConfig) -> MixtureConfig:
-    """The section with a file of targets replaced by what it says.
+def with_targets(mixture: MixtureConfig, names: Sequence[str]) -> MixtureConfig:
+    """The section with a file of targets replaced by what it says of the new domains.
 
     A run keeps the numbers, not the name of the file: changed between two resumes it is another stage.
 
@@ -53,4 +53,4 @@ def with_targets(mixture: MixtureConfig) -> MixtureConfig:
     settings = mixture.settings
     if not isinstance(settings, TargetSettings):
         return mixture
-    return mixture.model_copy(update={mixture.mixer: settings.resolved()})
+    return mixture.model_copy(update={mixture.mixer: settings.resolved(names)})

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rewarm.errors import ensure
 from rewarm.kernels.blocks import QUANTIZED_BLOCK
 from rewarm.offload.planning.routes import Job, Placement
 from rewarm.offload.planning.simulate import Timeline
@@ -125,7 +126,7 @@ class OffloadedAdamW:
         """
         kind = self._means.gradient_type
         for gradient in gradients:
-            assert gradient.dtype == kind, f"gradients are {gradient.dtype}, not {kind} as announced"
+            ensure(gradient.dtype == kind, f"gradients are {gradient.dtype}, not {kind} as announced")
         self.settle()
         if self._executor is None:
             self._executor = self._start(Pieces(self.layout, gradients))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rewarm.config.registry import SCHEDULES
-from rewarm.config.section import parse_duration
+from rewarm.config.section import ignored, parse_duration
 from rewarm.schedule.kinds.base import Schedule
 from rewarm.schedule.kinds.wsd import check_decay
 from rewarm.schedule.phase import Phase, Span
@@ -34,6 +34,10 @@ class InfiniteSchedule(Schedule):
                 f"schedule.cooldown={config.cooldown} leaves a jump from schedule.peak={config.peak} to "
                 f"schedule.plateau={config.plateau}: lengthen the cooldown or set peak to the plateau"
             )
+        default = type(config).model_fields["cooldown"].default
+        if config.plateau == config.peak and config.cooldown not in (default, "0 steps"):
+            by = f"schedule.plateau={config.plateau}, which is the peak"
+            raise ignored("schedule.cooldown", by, config.cooldown)
         check_decay(config)
 
     @classmethod
