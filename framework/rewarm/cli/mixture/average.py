@@ -23,19 +23,17 @@ def average(
 
         rewarm train large.yaml mixture.weights="$(rewarm mixture average runs/proxy)"
     """
-    import yaml
-
+    from rewarm.config.saved import saved_setting
     from rewarm.mixing.average import average_shares
     from rewarm.mixing.mixers import MIXERS
     from rewarm.mixing.weight_log import WeightLog
 
     state, _ = run_facts(run)
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    mixer = MIXERS.get(config["mixture"]["mixer"])
+    mixer = MIXERS.get(saved_setting(run, "mixture.mixer"))
     shares = average_shares(
         WeightLog(run / "mixture.jsonl").entries(),
         int(state["sampler"]["sample_index"]),
-        list(config["data"]),
+        list(saved_setting(run, "data")),
         objective=mixer is not None and mixer.steers_objective,
     )
     sys.stdout.write(json.dumps({name: round(share, 9) for name, share in shares.items()}) + "\n")

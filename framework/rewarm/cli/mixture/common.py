@@ -20,16 +20,14 @@ def run_facts(run: Path) -> tuple[dict[str, Any], int]:
     Raises:
         UserError: if the folder is no run, or has no checkpoint.
     """
-    import yaml
-
     from rewarm.checkpoint.distributed import read_state
     from rewarm.checkpoint.store import list_checkpoints
+    from rewarm.config.saved import saved_setting
 
     checkpoints = list_checkpoints(run / "checkpoints")
     if not (run / "config.yaml").is_file() or not checkpoints:
         raise UserError(f"{run} is not a run with a checkpoint", fix="give the folder of a run that has saved once")
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    return read_state(checkpoints[0]), int(config["batch"]["global_batch_size"])
+    return read_state(checkpoints[0]), int(saved_setting(run, "batch.global_batch_size"))
 
 
 def by_domain(option: str, text: str | None) -> dict[str, float] | None:
