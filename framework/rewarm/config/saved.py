@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from rewarm.config.yaml_text import read_yaml
 from rewarm.errors import UserError
 
 FILE_NAME = "config.yaml"
@@ -17,20 +16,17 @@ def read_saved(run: Path) -> dict[str, Any]:
     """The settings of a run, as they were written.
 
     Args:
-        run: the run folder, or the folder of a submission.
+        run: the run folder.
 
     Raises:
         UserError: if the file is missing or damaged.
     """
     place = run / FILE_NAME
     try:
-        values = yaml.safe_load(place.read_bytes().decode("utf-8"))
-    except OSError as error:
-        raise UserError(f"{place} cannot be read: {error.strerror}", fix=_FIX) from error
-    except (ValueError, yaml.YAMLError, RecursionError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{place} is damaged: {reason}", fix=_FIX) from error
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        values = read_yaml(place)
+    except UserError as error:
+        raise UserError(f"{place} is damaged: {error.message}", fix=_FIX) from error
+    if not isinstance(values, dict):
         raise UserError(f"{place} is damaged: it holds no settings by name", fix=_FIX)
     return values
 
