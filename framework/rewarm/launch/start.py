@@ -33,13 +33,23 @@ def start(config: RunConfig, arguments: list[str]) -> None:
         _train(config)
         return
     from rewarm.engine.build import prepare_engine
-    from rewarm.train.folder import prepare_folder
+    from rewarm.train.folder import check_start, missing_folders, prepare_folder, remove_empty
     from rewarm.train.stage import resolve_stage
 
     resolve_stage(config, num_ranks)
-    prepare_folder(config)
+    check_start(config)
     prepare_engine(config)
-    sys.exit(launch_local(arguments, num_ranks, config.folder / "logs"))
+    made, logs = missing_folders(config.folder), config.folder / "logs"
+    prepare_folder(config.folder)
+    before = set(logs.iterdir())
+    status = launch_local(arguments, num_ranks, logs)
+    if status:
+        # Of ranks that were refused, or that had nothing to say.
+        for path in set(logs.glob("rank-*.out")) - before:
+            if path.stat().st_size == 0:
+                path.unlink()
+        remove_empty(made)
+    sys.exit(status)
 
 
 def local_rank_count(config: RunConfig) -> int:

@@ -173,7 +173,9 @@ class Stage:
             )
             for domain in self.trained
         )
-        own = LineageStage(self.config.name, "run", str(self.folder.resolve()), learning_rate, tokens, consumed)
+        own = LineageStage(
+            self.config.name, "run", str(self.folder.resolve()), learning_rate, tokens, consumed, self.origin.run_id
+        )
         return self.origin.lineage.extended(own)
 
 

@@ -79,4 +79,4 @@ def test_evaluation_is_part_of_the_recipe_where_it_decides_the_weights(tmp_path:
 
 def test_a_folder_that_cannot_be_written_is_named() -> None:
     with pytest.raises(UserError, match="/proc/nowhere/x cannot be written"):
-        prepare_folder(config(runs_folder="/proc/nowhere"))
+        prepare_folder(config(runs_folder="/proc/nowhere").folder)
