@@ -11,12 +11,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from rewarm.checkpoint.store import list_checkpoints
 from rewarm.config.load import dump
 from rewarm.config.run import RunConfig
 from rewarm.config.saved import FILE_NAME, read_saved
+from rewarm.config.yaml_text import parse_yaml
 from rewarm.errors import UserError
 from rewarm.files import sync_folder, write_whole
 from rewarm.model.files import carry_files
@@ -147,7 +146,7 @@ def check_same_stage(config: RunConfig, folder: Path) -> list[str]:
         UserError: if a setting changed that makes another stage.
     """
     before = _flatten(read_saved(folder))
-    now = _flatten(yaml.safe_load(dump(config)))
+    now = _flatten(parse_yaml(dump(config)))
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     refused = [key for key in changed if not _is_free(key, config)]
     if refused:
