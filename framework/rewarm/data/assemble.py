@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from rewarm.data.domain import DOMAIN_FILE
+from rewarm.data.domain import DIGEST, DOMAIN_FILE, file_digest, info_digest
 from rewarm.data.indexed import IndexedWriter
 from rewarm.data.parts import PartInfo, part_path, read_part, read_table
 from rewarm.data.readers import Shard
 from rewarm.data.split import first_occurrences, is_held_out
+from rewarm.files import write_whole
 
 _SHOWN_REJECTS = 5
 _SHOWN_LETTERS = 200
@@ -129,12 +130,11 @@ class Assembly:
                 split.writer.abort()
                 for suffix in (".bin", ".idx"):
                     (output / f"{name}{suffix}").unlink(missing_ok=True)
-        aside = output / f"{DOMAIN_FILE}.partial"
-        with open(aside, "w", encoding="utf-8") as stream:
-            stream.write(json.dumps(info, indent=2, ensure_ascii=False) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(aside, output / DOMAIN_FILE)
+        for name, split in self.splits.items():
+            if split.documents:
+                info[name]["index_hash"] = file_digest(output / f"{name}.idx")
+        info[DIGEST] = info_digest(info)
+        write_whole(output / DOMAIN_FILE, json.dumps(info, indent=2, ensure_ascii=False) + "\n")
 
 
 def assemble(

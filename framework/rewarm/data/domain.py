@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +12,10 @@ import numpy as np
 
 from rewarm.config.data import DomainConfig
 from rewarm.data.fingerprint import range_fingerprint
-from rewarm.data.indexed import IndexedTokens
+from rewarm.data.indexed import CHECKED_BYTES, IndexedTokens
 from rewarm.data.windows import WindowReader
 from rewarm.errors import UserError
+from rewarm.files import read_json
 
 DOMAIN_FILE = "domain.json"
 FORMAT_VERSION = 1
@@ -131,6 +133,7 @@ def open_domain(name: str, config: DomainConfig, sequence_length: int) -> Domain
                 fix="run rewarm data build again",
             )
         held_out = _held_out_of_folder(name, path, config, info, sequence_length)
+        check_content(path, info)
     else:
         train, held_out = _open_bare(name, config, sequence_length)
     for split, reader in (("train", train), ("held-out", held_out)):
@@ -167,17 +170,68 @@ def read_domain_file(folder: Path) -> dict[str, Any]:
         else:
             fix = f"make one: rewarm data build INPUT... --output {folder} --tokenizer FOLDER"
         raise UserError(f"{folder} is a folder but not a domain: it has no {DOMAIN_FILE}", fix=fix)
-    try:
-        info = json.loads(file.read_text())
-        version = info["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} cannot be read: {error}", fix="run rewarm data build again") from error
+    info = read_json(file, fix="run rewarm data build again")
+    if "format" not in info:
+        raise UserError(f"{file} is damaged: it has no format", fix="run rewarm data build again")
+    version = info["format"]
     if version != FORMAT_VERSION:
         raise UserError(
             f"{file} has format {version}; this version of rewarm reads format {FORMAT_VERSION}",
             fix="build the domain again, or use the rewarm that built it",
         )
-    return dict(info)
+    problem = _problem_of(info)
+    if problem is not None:
+        raise UserError(f"{file} is damaged: {problem}", fix="copy it again from its source, or build the domain again")
+    return info
+
+
+def _problem_of(info: dict[str, Any]) -> str | None:
+    """What is wrong with the content of ``domain.json``; None if it is what a build wrote."""
+    is_of_first_version = DIGEST not in info and "index_hash" not in str(info)
+    if not is_of_first_version and info.get(DIGEST) != info_digest(info):
+        return f"it is not what the build wrote, by its {DIGEST}"
+    expected = {"tokens": int, "bytes": int, "content_hash": str}
+    for split in ("train", "held_out"):
+        found = info.get(split)
+        for key, kind in expected.items():
+            if not isinstance(found, dict) or not isinstance(found.get(key), kind):
+                return f"its {split} has no {key}"
+    return None if isinstance(info.get("tokenizer"), str) else "it has no tokenizer"
+
+
+DIGEST = "digest"
+"""Key of ``domain.json`` that stands for all others; those of the first versions have none."""
+
+
+def info_digest(info: dict[str, Any]) -> str:
+    """BLAKE2b of everything that ``domain.json`` says, but this digest itself."""
+    rest = {key: value for key, value in info.items() if key != DIGEST}
+    return hashlib.blake2b(json.dumps(rest, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """BLAKE2b of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def check_content(folder: Path, info: dict[str, Any]) -> None:
+    """Compare the small files of a domain with what was recorded when it was built; large ones would take too long
+    at every start, and have a fingerprint of spread blocks.
+
+    Raises:
+        UserError: naming the file that changed.
+    """
+    for split in ("train", "held_out"):
+        for suffix, key in ((".bin", "content_hash"), (".idx", "index_hash")):
+            path, recorded = folder / f"{split}{suffix}", info[split].get(key)
+            if not info[split]["tokens"] or recorded is None or path.stat().st_size > CHECKED_BYTES:
+                continue
+            if file_digest(path) != recorded:
+                raise UserError(
+                    f"{path} holds other data than its {DOMAIN_FILE} recorded: it changed since it was built",
+                    fix="copy it again from its source, or build the domain again: rewarm data build --overwrite",
+                )
 
 
 def _held_out_of_folder(
