@@ -163,17 +163,20 @@ class RunLock:
             time.sleep(min(0.2, BEAT_SECONDS))
 
     def _has_ended(self, before: Path) -> bool:
-        try:
+        with contextlib.suppress(OSError, ValueError, TypeError):
             values = _read(before)
-            if values is None or values.get("released"):
+            if values is None or values.get("released") or Owner.from_dict(values).is_gone_here():
                 return True
-            return Owner.from_dict(values).is_gone_here() or _age(before) >= STALE_SECONDS
-        except (OSError, ValueError, TypeError) as error:
-            log.warning("cannot read %s: %s", before, error)
+        try:
+            return _age(before) >= STALE_SECONDS
+        except OSError as error:
+            log.warning("cannot look at %s: %s", before, error)
             return False
 
     def _beat(self) -> None:
         while not self._released.wait(BEAT_SECONDS):
+            # A process that was stopped for so long may not renew: another one may have begun to take over.
+            self._check_lease()
             began = time.monotonic()
             try:
                 if _newest(self._folder) != self._path and not self._path_is_newest():
@@ -198,9 +201,12 @@ class RunLock:
 
     def _guard(self) -> None:
         while not self._released.wait(min(1.0, BEAT_SECONDS)):
-            silent = time.monotonic() - self._renewed
-            if silent > LEASE_SECONDS:
-                self._end(f"could not be told for {silent:.0f} s that this process lives: ending before another starts")
+            self._check_lease()
+
+    def _check_lease(self) -> None:
+        silent = time.monotonic() - self._renewed
+        if silent > LEASE_SECONDS:
+            self._end(f"could not be told for {silent:.0f} s that this process lives: ending before another starts")
 
     def _end(self, why: str) -> None:
         """End the process at once: from here on another one may write."""
