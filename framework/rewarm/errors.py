@@ -1,7 +1,8 @@
 """Errors that a user can mend.
 
 :class:`UserError` is what every check of the user's input raises; the command line prints it as one message and
-exits with status 2, without a stack trace unless ``--debug`` is given. Broken invariants are plain ``assert``.
+exits with status 2, without a stack trace unless ``--debug`` is given. Broken invariants are plain ``assert``, or
+:func:`ensure` where what follows would be wrong without a word.
 """
 
 from __future__ import annotations
@@ -32,6 +33,20 @@ class NodeFault(RuntimeError):
     def __init__(self, node: str, message: str) -> None:
         self.node = node
         super().__init__(f"node {node}: {message}")
+
+
+def ensure(holds: object, what: str) -> None:
+    """``assert``, but not left out by ``python -O``: for what guards against wrong numbers or foreign memory.
+
+    Args:
+        holds: what must be true.
+        what: what is wrong if it is not.
+
+    Raises:
+        AssertionError: if it is not.
+    """
+    if not holds:
+        raise AssertionError(what)
 
 
 def nearest(name: str, known: list[str]) -> str | None:

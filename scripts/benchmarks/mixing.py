@@ -194,9 +194,10 @@ def updating(run: Run, folder: Path, updates: int = 100) -> dict[str, float]:
 def compared(run: Run, count: int, turn: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What a run reads of the gradients of its domains at an update."""
     from rewarm.evaluation.held_out import rotated_windows
+    from rewarm.train.hooks.mixture import GRADIENT_CHUNK
 
     windows = [rotated_windows(domain.held_out, count, turn, b"key") for domain in run.stage.evaluated]
-    found = run.engine.domain_gradients(windows, run.config.evaluation.micro_batch_size)
+    found = run.engine.domain_gradients(windows, GRADIENT_CHUNK)
     return found.products, found.squared_norms, found.variances
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from ranks.tiny import DOMAINS, VOCAB_SIZE, local_batch, tiny_config
+from ranks.tiny import DOMAINS, VOCAB_SIZE, global_batch, local_batch, tiny_config
 from rewarm.engine.build import build_engine
 from rewarm.engine.megatron.engine import MegatronEngine
 from rewarm.model.architecture import Architecture
@@ -73,3 +79,70 @@ def held_bytes(settings: dict[str, Any]) -> tuple[Layout, dict[str, int]]:
     layout = engine.layout
     engine.close()
     return layout, sizes
+
+
+class _New(TorchDispatchMode):
+    """Bytes of the storages that operators have made in this block, now and at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._alive: dict[int, Callable[[], Any]] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {each.untyped_storage()._cdata for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
+        result = function(*args, **(kwargs or {}))
+        for each in tree_leaves(result):
+            if not isinstance(each, Tensor):
+                continue
+            storage = each.untyped_storage()
+            if storage._cdata not in known and storage._cdata not in self._alive:
+                # One object stands for a storage as long as that lives; its size may change.
+                self._alive[storage._cdata] = weakref.ref(storage)
+                weakref.finalize(storage, self._alive.pop, storage._cdata, None)
+        held = [find() for find in list(self._alive.values())]
+        self.most = max(self.most, sum(storage.nbytes() for storage in held if storage is not None))
+        return result
+
+
+def _most_new(action: Callable[[], Any]) -> int:
+    with _New() as new:
+        action()
+    return new.most
+
+
+def peaks(settings: dict[str, Any]) -> dict[str, int]:
+    """Most bytes that are made, and held at once, in a step and in evaluations."""
+    config = tiny_config(**settings)
+    assert config.model is not None
+    engine = build_engine(config, Architecture.from_config(config.model, VOCAB_SIZE), DOMAINS)
+    engine.train_step(local_batch(engine, 0), 1e-3)
+    tokens, size = np.concatenate([global_batch(step).tokens for step in range(2)]), config.evaluation_micro_batch_size
+    return {
+        "training": _most_new(lambda: engine.train_step(local_batch(engine, 1), 1e-3)),
+        "evaluation": _most_new(lambda: engine.evaluate(tokens, size)),
+        "evaluation of 8": _most_new(lambda: engine.evaluate(tokens, 8)),
+    }
+
+
+def main_parameters(settings: dict[str, Any]) -> tuple[int, int]:
+    """Bytes that Megatron-Core holds at once while it makes the fp32 main parameters, and bytes of all of them."""
+    from rewarm.engine.megatron.offloaded import OffloadedOptimizer
+
+    name, most = "_build_model_and_main_param_groups", []
+    build = getattr(OffloadedOptimizer, name)
+
+    def watched(cls: type, *args: Any) -> Any:
+        with _New() as new:
+            result = build(*args)
+        most.append(new.most)
+        return result
+
+    setattr(OffloadedOptimizer, name, classmethod(watched))
+    config = tiny_config(precision="bfloat16", **settings)
+    assert config.model is not None
+    engine = build_engine(config, Architecture.from_config(config.model, VOCAB_SIZE), DOMAINS)
+    assert isinstance(engine, MegatronEngine)
+    owned = engine._optimizer.sharded.optimizer.owned
+    assert all(each.main.untyped_storage().nbytes() == 0 and each.main.dtype == torch.float32 for each in owned)
+    return most[0], sum(4 * each.shard.numel() for each in owned)

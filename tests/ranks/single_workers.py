@@ -102,6 +102,13 @@ def masked_step(settings: dict[str, Any]) -> tuple[float, float, np.ndarray]:
     return result.loss, result.grad_norm, result.token_counts
 
 
+def evaluated_by(sizes: list[int]) -> list[np.ndarray]:
+    """Token losses of the same windows by micro-batches of several sizes."""
+    engine = build({})
+    tokens = np.concatenate([global_batch(step).tokens for step in range(2)])[:13]
+    return [engine.evaluate(tokens, size) for size in sizes]
+
+
 def unmasked_losses() -> tuple[np.ndarray, np.ndarray]:
     """Token losses [B, S] before any step, from the logits of every prefix; and the engine's sums."""
     engine = build({})

@@ -43,3 +43,16 @@ def test_plan_against_tensors(num_ranks: int, settings: dict[str, Any]) -> None:
         assert planned.optimizer == pytest.approx(held["optimizer"], rel=5e-3)
         if config.precision == "float32":  # bfloat16 norms are other kernels on a GPU than here
             assert planned.activations + planned.output == pytest.approx(held["for backward"], rel=0.1)
+
+
+@pytest.mark.parametrize("settings", [{}, {"precision": "bfloat16"}, {"parallel": {"tensor": 2}}], ids=str)
+def test_an_evaluation_takes_no_more_than_training(settings: dict[str, Any]) -> None:
+    """The default must not: it comes before the first step, and a plan knows the step only."""
+    for found in run_ranks(memory_workers.peaks, 2, {"batch": {"micro_batch_size": 1}, **settings}):
+        assert found["evaluation"] < found["training"] < found["evaluation of 8"], found
+
+
+@pytest.mark.parametrize("mode", ["cpu", "streamed", "auto"])
+def test_offloaded_main_parameters_are_never_whole_on_the_device(mode: str) -> None:
+    for held, whole in run_ranks(memory_workers.main_parameters, 1, {"offload": {"mode": mode}}):
+        assert held < whole / 2

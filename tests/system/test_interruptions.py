@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from rewarm.resilience.status import read_status
 from system.conftest import Workplace
 
 LONG = ("train", "base.yaml", "name=long", "duration=100000 steps", "parallel.data=2")
@@ -78,3 +79,25 @@ def test_an_interrupt_of_one_process_before_the_first_step_says_so(workplace: Wo
     finally:
         process.kill()
     assert (process.returncode, output) == (130, "rewarm: interrupted\n")
+
+
+@pytest.mark.parametrize("layout", ["parallel.data=1", "parallel.data=2"])
+def test_a_lost_terminal_saves_and_stops(workplace: Workplace, layout: str) -> None:
+    """SIGHUP ended a run at once without saving, and what it printed then could not be written any more. One rank of
+    the launcher is stopped as well: it saw no signal, and the others waited for it."""
+    process = workplace.start(*LONG[:-1], layout)
+    try:
+        read_until(process, "step 1/")
+        if layout == "parallel.data=2":
+            os.kill(ranks_of(process)[1], signal.SIGSTOP)
+        assert process.stdout is not None
+        process.stdout.close()
+        process.send_signal(signal.SIGHUP)
+        assert process.wait() == 0
+    finally:
+        process.kill()
+    run = workplace.folder / "runs" / "long"
+    status = read_status(run)
+    assert status is not None and (status.state, status.reason) == ("stopped", "SIGHUP")
+    assert (run / "checkpoints" / "latest").read_text().strip() == f"step-{status.step}"
+    assert "output on descriptor 1 is lost" in (run / "logs" / "rank-0.log").read_text()

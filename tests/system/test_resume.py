@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -85,6 +86,8 @@ def test_sigterm_finishes_the_step_saves_and_exits_cleanly(
     stopped = workplace.lines("continue")[-1]["step"]
     latest = (workplace.folder / "runs" / "continue" / "checkpoints" / "latest").read_text().strip()
     assert latest == f"step-{stopped}" and stopped < 12
+    state = json.loads((workplace.folder / "runs" / "continue" / "checkpoints" / latest / "state.json").read_text())
+    assert state["threads"] == [1] * (2 if layout else 1)
     workplace.run("train", "continue.yaml")
     lines, expected = without_timing(workplace.lines("continue")), without_timing(unbroken.lines("continue"))
     assert [line["sample_hash"] for line in lines] == [line["sample_hash"] for line in expected]

@@ -46,3 +46,43 @@ def test_lower_folders_do_not_import_higher_ones() -> None:
         if (own in height and other in height and height[own] < height[other]) or {own, other} == {"planner", "engine"}
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_assert_does_any_work() -> None:
+    """``python -O`` leaves them out, with what they call."""
+    harmless = {
+        "len",
+        "all",
+        "any",
+        "isinstance",
+        "tuple",
+        "sorted",
+        "set",
+        "sum",
+        "int",
+        "min",
+        "max",
+        "getattr",
+        "get",
+    }
+    harmless |= {
+        "keys",
+        "values",
+        "items",
+        "list",
+        "range",
+        "numel",
+        "dim",
+        "is_pinned",
+        "is_contiguous",
+        "group",
+        "shapes",
+    }
+    found = []
+    for path in sorted(Path(rewarm.__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Assert):
+                calls = [each.func for each in ast.walk(node.test) if isinstance(each, ast.Call)]
+                names = [call.attr if isinstance(call, ast.Attribute) else getattr(call, "id", "?") for call in calls]
+                found += [f"{path.name}:{node.lineno} {name}" for name in names if name not in harmless]
+    assert found == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -29,4 +30,5 @@ def convert(
 
     target = output or run.parent / f"{run.name}-{engine}"
     checkpoint = convert_run(run, engine, target)
-    print(f"converted to {checkpoint}, with the optimizer's state; go on with: rewarm train {target / 'config.yaml'}")
+    command = shlex.join(["rewarm", "train", str(target / "config.yaml")])
+    print(f"converted to {checkpoint}, with the optimizer's state; go on with: {command}")

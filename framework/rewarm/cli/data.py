@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 app = typer.Typer(help="Turn text into domains, look into them, gather a demo corpus.", no_args_is_help=True)
 
@@ -26,30 +30,69 @@ class SpecialTokens(StrEnum):
     text = "text"
 
 
+class HeldOutBy(StrEnum):
+    """What the held-out share is a share of."""
+
+    documents = "documents"
+    tokens = "tokens"
+
+
+class FileKind(StrEnum):
+    """What a file is, whatever its name."""
+
+    text = "text"
+    jsonl = "jsonl"
+    json = "json"
+    csv = "csv"
+    tsv = "tsv"
+    parquet = "parquet"
+    arrow = "arrow"
+
+
 @app.command(no_args_is_help=True)
 def build(
     inputs: Annotated[
         list[str],
         typer.Argument(
             metavar="INPUT...",
-            help=".txt, .jsonl (both also .gz or .zst), .parquet, a folder of these, or anything the datasets library "
-            "loads: a saved dataset, .json, .csv, or a hub name.",
+            help=".txt, .jsonl, .json, .csv, .tsv (plain, or compressed with gzip, zstd, bzip2 or xz), compressed "
+            "files of any text, .parquet, .arrow, a folder of these, - for standard input, or what the datasets "
+            "library loads: a saved dataset or a hub name.",
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Domain folder to make.")],
     tokenizer: Annotated[Path, typer.Option(help="Folder of a Hugging Face tokenizer or model.")],
-    text_key: Annotated[str, typer.Option(help="Key or column that holds the text.")] = "text",
+    text_key: Annotated[
+        str, typer.Option(help="Key or column that holds the text; content.text is text inside content.")
+    ] = "text",
+    text_template: Annotated[
+        str | None,
+        typer.Option(help=r"Text of several fields instead: 'Question: {question}\nAnswer: {answer}'.", metavar="TEXT"),
+    ] = None,
     text_document: Annotated[
         TextDocument, typer.Option(help="One document of a .txt file: all of it, a line, or up to a blank line.")
     ] = TextDocument.file,
-    held_out: Annotated[float, typer.Option(help="Share of the documents held out, picked by their hash.")] = 0.01,
+    kind: Annotated[
+        FileKind | None, typer.Option("--format", help="Read every file as this, whatever its name.")
+    ] = None,
+    encoding: Annotated[
+        str | None, typer.Option(help="Encoding of text without a byte-order mark, for example cp1252; UTF-8 else.")
+    ] = None,
+    held_out: Annotated[float, typer.Option(help="Share held out, picked by the hash of the text.")] = 0.01,
+    held_out_by: Annotated[
+        HeldOutBy,
+        typer.Option(help="Share of the documents, on average, or of the tokens, to the nearest document."),
+    ] = HeldOutBy.documents,
     workers: Annotated[int | None, typer.Option(help="Cores to use; all by default.")] = None,
     tolerance: Annotated[float, typer.Option(help="Largest share of malformed records before it is an error.")] = 0.001,
     dedup: Annotated[bool, typer.Option(help="Drop exact duplicates; the first one stays.")] = True,
     subset: Annotated[str | None, typer.Option(help="Subset (configuration) of a hub dataset.")] = None,
-    split: Annotated[str, typer.Option(help="Split of a dataset.")] = "train",
+    split: Annotated[str | None, typer.Option(help="Split of a dataset; train by default.")] = None,
     end_of_document: Annotated[
         str | None, typer.Option(help="Token that ends each document; the tokenizer's EOS by default.")
+    ] = None,
+    bos: Annotated[
+        bool | None, typer.Option("--bos/--no-bos", help="Begin each document with the tokenizer's BOS.")
     ] = None,
     special_tokens: Annotated[
         SpecialTokens, typer.Option(help="A special token spelt out in a text: that token, or plain text.")
@@ -66,30 +109,40 @@ def build(
     from rich.console import Console
 
     from rewarm.data.build import BuildSettings, build_domain
-    from rewarm.data.summary import build_table, progress_on
+    from rewarm.data.summary import progress_on
+    from rewarm.data.tokenizer import open_tokenizer, turn_end_warning
 
     settings = BuildSettings(
         inputs=tuple(inputs),
         output=output,
         tokenizer=tokenizer,
         text_key=text_key,
+        text_template=text_template,
         text_document=text_document.value,
+        kind=kind.value if kind is not None else None,
+        encoding=encoding,
         subset=subset,
         split=split,
         held_out=held_out,
+        held_out_by=held_out_by.value,
         tolerance=tolerance,
         deduplicate=dedup,
         end_of_document=end_of_document,
+        bos=bos,
         special_tokens=special_tokens.value,
         workers=workers,
         overwrite=overwrite,
     )
+    opened = open_tokenizer(tokenizer, end_of_document=end_of_document, special_tokens=special_tokens.value)
+    warning = turn_end_warning(opened)
+    if warning is not None:
+        print(f"warning: {warning}", file=sys.stderr)
     console = Console()
     with progress_on(console, output.name) as on_progress:
         info, changed = build_domain(settings, on_progress)
     if not changed:
-        console.print(f"{output} already holds exactly this build; nothing to do.")
-    console.print(build_table(output, info))
+        print(f"{output} already holds exactly this build; nothing to do.")
+    _print_build(console, output, info)
 
 
 @app.command(no_args_is_help=True)
@@ -104,17 +157,14 @@ def inspect(
     Example: rewarm data inspect data/demo/python --documents 2
     """
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     from rewarm.data.summary import inspect_domain
 
     shown = inspect_domain(path, sequence_length, documents, tokenizer)
     console = Console()
-    table = Table(show_header=False)
-    for row in shown.rows:
-        table.add_row(*map(Text, row))
-    console.print(table)
+    for name, value in shown.rows:
+        print(f"{name:<18} {value}")
     for sample in shown.samples:
         console.rule(f"document {sample.document:,}, {sample.num_tokens:,} tokens")
         console.print(Text(sample.text))
@@ -138,13 +188,22 @@ def demo(
     from rich.console import Console
 
     from rewarm.data.demo import make_demo
-    from rewarm.data.summary import build_table, progress_on
+    from rewarm.data.summary import progress_on
 
     console = Console()
     with progress_on(console, "demo") as on_progress:
         made = make_demo(output, vocab_size, megabytes, on_progress)
     if not made.changed:
-        console.print(f"{output} is up to date; nothing to do.")
+        print(f"{output} is up to date; nothing to do.")
     for folder, info in made.domains.values():
-        console.print(build_table(folder, info))
-    console.print(f"tokenizer: {made.tokenizer}")
+        _print_build(console, folder, info)
+    print(f"tokenizer: {made.tokenizer}")
+
+
+def _print_build(console: Console, folder: Path, info: dict[str, Any]) -> None:
+    """A table under the path of its domain. Paths are not left to rich, which breaks them at the terminal's width."""
+    from rewarm.data.summary import build_caption, build_table
+
+    print(folder)
+    console.print(build_table(info))
+    print(build_caption(folder, info))

@@ -80,7 +80,10 @@ def doctor() -> None:
 
 def examine() -> Iterator[Finding]:
     """Every finding about this machine, in the order of the report."""
+    from rewarm.engine.threads import LoadWatch, cpu_quota
     from rewarm.versions import REQUIREMENTS
+
+    watch = LoadWatch()
 
     yield Finding("python", Level.OK, f"{sys.version.split()[0]} at {sys.executable}")
     yield from packages(REQUIREMENTS)
@@ -91,7 +94,7 @@ def examine() -> Iterator[Finding]:
     yield from accelerated_libraries(has_gpu)
     yield from compilers(has_gpu)
     yield from native_libraries(has_gpu)
-    yield from cores(os.environ, len(os.sched_getaffinity(0)), cpu_quota())
+    yield from cores(os.environ, len(os.sched_getaffinity(0)), cpu_quota(), watch.busy(), os.getloadavg()[0])
     yield memory()
     yield ranks(os.environ)
     yield host_name()
@@ -218,33 +221,41 @@ def native_libraries(has_gpu: bool) -> Iterator[Finding]:
             yield Finding(subject, Level.OK, str(path))
 
 
-def cores(environment: Mapping[str, str], usable: int, quota: float | None) -> Iterator[Finding]:
-    """Cores this process may use, against the threads that libraries will start.
+def cores(
+    environment: Mapping[str, str], usable: int, quota: float | None, busy: float, load: float
+) -> Iterator[Finding]:
+    """Cores this process may use, what other programs leave of them, and the threads that training will start.
 
     Args:
         environment: the process's variables.
         usable: cores of the affinity mask.
         quota: cores' worth of time that the container grants; None without a limit.
+        busy: cores' worth of work of other programs, as measured just now.
+        load: Linux's load average of the last minute.
     """
+    from rewarm.engine.threads import Cores, choose
+
     limit = min(float(usable), quota or usable)
     granted = "" if quota is None or quota >= usable else f", {quota:g} cores' time granted by the container"
-    yield Finding("cores", Level.OK, f"{usable} usable of {os.cpu_count()}{granted}")
-    threads = environment.get("OMP_NUM_THREADS", "")
-    if threads.isdigit() and int(threads) > limit:
+    found = (
+        f"{usable} usable of {os.cpu_count()}{granted}; {busy:.1f} busy with other programs, load average {load:.2f}"
+    )
+    yield Finding("cores", Level.OK, found)
+    given, chosen = environment.get("OMP_NUM_THREADS", ""), choose(Cores(limit, busy), None)
+    if given.isdigit() and int(given) > limit:
         fix = f"set OMP_NUM_THREADS to at most {max(1, int(limit))} divided by the ranks of this machine"
-        yield Finding("threads", Level.SLOW, f"OMP_NUM_THREADS={threads} is more than the cores", fix)
-    elif not threads and granted:
-        fix = f"set OMP_NUM_THREADS={max(1, int(limit))}"
-        yield Finding("threads", Level.SLOW, f"torch will start {usable} threads on {limit:g} cores' time", fix)
-
-
-def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """Cores' worth of CPU time that control group version 2 grants, or None without a limit."""
-    try:
-        granted, period = (root / "cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return None
-    return None if granted == "max" else int(granted) / int(period)
+        yield Finding("threads", Level.SLOW, f"OMP_NUM_THREADS={given} is more than the cores", fix)
+    elif given:
+        yield Finding("threads", Level.OK, f"{given} a rank, by OMP_NUM_THREADS")
+    elif round(busy) >= 1:
+        text = f"a CPU run of one rank would start {chosen.number} ({chosen.why})"
+        fix = "wait for the other programs, or end them: top lists them; distributed.threads sets another number"
+        yield Finding("threads", Level.SLOW, text, fix)
+    else:
+        yield Finding("threads", Level.OK, f"a CPU run of one rank starts up to {chosen.number} ({chosen.why})")
+    if environment.get("OMP_WAIT_POLICY", "").lower() == "active":
+        text = "OMP_WAIT_POLICY=active: beside another program threads wait for whole time slices"
+        yield Finding("waiting", Level.SLOW, text, "unset OMP_WAIT_POLICY, unless these cores are for one run alone")
 
 
 def memory(root: Path = Path("/sys/fs/cgroup"), meminfo: Path = Path("/proc/meminfo")) -> Finding:

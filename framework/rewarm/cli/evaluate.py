@@ -76,8 +76,9 @@ def _print(model: str, results: list[tuple[Domain, HeldOutLoss]], as_json: bool)
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("domain", "nats/token", "bits/byte", "tokens", title=f"held-out loss of {model}")
+    table = Table("domain", "nats/token", "bits/byte", "tokens")
     for name, row in rows.items():
         bits = row["bits_per_byte"]
         table.add_row(name, f"{row['loss']:.4f}", "unknown" if bits is None else f"{bits:.4f}", f"{row['tokens']:,}")
+    print(f"held-out loss of {model}")
     Console().print(table)

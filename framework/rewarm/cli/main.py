@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import typer
 
-from rewarm.cli import config, data, mixture, offload
+from rewarm.cli import config, data, mixture, offload, tokenizer
 from rewarm.cli.cancel import cancel
 from rewarm.cli.convert import convert
 from rewarm.cli.doctor import doctor
@@ -45,6 +46,7 @@ app.command("import")(import_)
 app.command("export")(export)
 app.command("convert")(convert)
 app.add_typer(data.app, name="data")
+app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(config.app, name="config")
 app.add_typer(mixture.app, name="mixture")
 app.add_typer(offload.app, name="offload")
@@ -56,6 +58,10 @@ def main() -> None:
 
     Exit status: 0 done, 1 an error of ours, 2 something the user can mend, 3 an unfit machine, 130 interrupted.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # A file name need not be text in any encoding; to print it must not be what fails.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     if debug:

@@ -47,6 +47,8 @@ def status(
 
 def print_run(console: Console, run: Path, *, brief: bool = False) -> None:
     """Print one run: a line, or a paragraph with the history of its jobs."""
+    from rich.markup import escape
+
     from rewarm.errors import UserError
     from rewarm.launch.records import all_jobs, attempts, newest_step
     from rewarm.launch.slurm import find_jobs
@@ -58,16 +60,16 @@ def print_run(console: Console, run: Path, *, brief: bool = False) -> None:
         jobs = find_jobs(all_jobs(run))
     except UserError as error:
         # What the folder says is worth showing while SLURM's controller is away.
-        console.print(f"[yellow]{error.message}[/yellow]")
+        console.print(f"[yellow]{escape(error.message)}[/yellow]")
     state = describe_state(said, owner, jobs)
-    console.print(f"[bold]{run}[/bold]  {state}{_progress(run, said)}")
+    console.print(f"[bold]{escape(str(run))}[/bold]  {escape(state)}{_progress(run, said)}")
     if brief:
         return
     if owner is not None:
         console.print(f"  owner       {owner}")
     console.print(f"  checkpoint  step {newest_step(run)}")
     for job in jobs:
-        console.print(f"  job {job.id:<7} {job.state.lower()}, {job.seconds}, {job.reason}")
+        console.print(f"  job {job.id:<7} {job.state.lower()}, {job.seconds}, {job.reason}", markup=False)
     for attempt in attempts(run)[-8:]:
         began = time.strftime("%m-%d %H:%M", time.localtime(attempt.began))
         steps = f"step {attempt.first_step} to {'?' if attempt.last_step is None else attempt.last_step}"
@@ -76,7 +78,8 @@ def print_run(console: Console, run: Path, *, brief: bool = False) -> None:
             outcome = "running"
         reason = (attempt.reason or "").splitlines()
         console.print(
-            f"  attempt     {began}  {attempt.name:<9} {steps:<20} {outcome:<9} {reason[0] if reason else ''}"
+            f"  attempt     {began}  {attempt.name:<9} {steps:<20} {outcome:<9} {reason[0] if reason else ''}",
+            markup=False,
         )
 
 

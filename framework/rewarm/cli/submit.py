@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -72,6 +73,6 @@ def submit(
         typer.echo(f"note     {message}")
     submission = write_submission(settings, request)
     if dry_run:
-        typer.echo(f"checked  nothing is queued; to do so: sbatch {submission / 'job.sbatch'}")
+        typer.echo(f"checked  nothing is queued; to do so: {shlex.join(['sbatch', str(submission / 'job.sbatch')])}")
         return
     typer.echo(follow_up(settings, request, submission, queue(settings, submission, chain or 1)))

@@ -14,6 +14,9 @@ OVERRIDES_HELP = "Settings to change, as a.b.c=value."
 def train(
     config: Annotated[Path, typer.Argument(help=CONFIG_HELP)],
     overrides: Annotated[list[str] | None, typer.Argument(help=OVERRIDES_HELP)] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Look everything up, say what would be done, and write nothing.")
+    ] = False,
 ) -> None:
     """Train a stage; a run folder that has checkpoints is resumed.
 
@@ -23,12 +26,18 @@ def train(
 
         rewarm train configs/quickstart/base.yaml
 
+        rewarm train configs/quickstart/continue.yaml --dry-run
+
         rewarm train configs/quickstart/continue.yaml parallel.tensor=2 parallel.pipeline=2
 
         torchrun --nproc-per-node 8 -m rewarm train my.yaml parallel.tensor=4
     """
     from rewarm.config.load import load
-    from rewarm.launch.start import start
+    from rewarm.launch import start as launch
 
     settings = load(config, overrides or [])
-    start(settings, ["train", str(config), *(overrides or [])])
+    if dry_run:
+        for line in launch.dry_run(settings):
+            typer.echo(line)
+        return
+    launch.start(settings, ["train", str(config), *(overrides or [])])

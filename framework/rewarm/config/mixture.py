@@ -351,6 +351,11 @@ class ReplayConfig(Section):
     of the run does not change (Ibrahim et al. 2024)."""
     domains: dict[str, float] | None = None
     """Which domains of the lineage and in which proportion; null means all, by the tokens each was trained on."""
+    windows: Literal["seen", "unseen", "all"] = "seen"
+    """Which windows of these domains. seen: what the lineage trained on, in the order in which it did; a later stage
+    goes on where this one stopped, and after the last comes the first again. unseen: what it has not trained on, each
+    once; more than there is is refused. all: as of a domain under data, whose order goes on where the lineage stopped,
+    so that the unseen comes first and then all of it again."""
     paths: dict[str, PathText] = Field(default_factory=dict)
     """New place of a lineage domain whose files moved, replayed or only watched; the content must be the same."""
 

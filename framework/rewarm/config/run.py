@@ -137,6 +137,11 @@ class RunConfig(Section):
         return self.mixture.gradient_windows(self.evaluation.windows_per_domain)
 
     @property
+    def evaluation_micro_batch_size(self) -> int:
+        """Windows per forward pass of an evaluation."""
+        return self.evaluation.micro_batch_size or self.batch.micro_batch_size
+
+    @property
     def last_step(self) -> int:
         """The step after which this invocation stops."""
         stop = self.steps(self.stop_at)
@@ -158,12 +163,16 @@ def _check_lineage(config: RunConfig) -> None:
             raise ValueError(f"replay.fraction={config.replay.fraction} needs a parent whose domains can be replayed")
         if config.replay.paths:
             raise ValueError("replay.paths needs a parent, whose domains have moved")
+        if config.schedule.start == "parent":
+            raise ValueError("schedule.start=parent needs a parent, whose last learning rate it stands for")
         if config.optimizer_state == "keep":
             raise ValueError("optimizer_state=keep needs a parent run to keep it from")
     elif config.model is not None:
         raise ValueError(f"model is ignored with parent={config.parent}, which brings its own shape: remove one")
     if config.replay.fraction == 0 and config.replay.domains:
         raise ValueError("replay.domains is ignored with replay.fraction=0: set a fraction")
+    if config.replay.fraction == 0 and config.replay.windows != "seen":
+        raise ValueError(f"replay.windows={config.replay.windows} is ignored with replay.fraction=0: set a fraction")
 
 
 def _check_mixture(config: RunConfig) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -68,9 +68,9 @@ class ScheduleConfig(Section):
     """Highest learning rate."""
     minimum: float = Field(0.0, ge=0)
     """Learning rate at the end of the run: what the step after the last one would have."""
-    start: float = Field(0.0, ge=0)
-    """Learning rate that the warm-up rises from; its first step is already one step above it. A re-warm usually
-    starts at the parent's final rate."""
+    start: Annotated[float, Field(ge=0)] | Literal["parent"] = 0.0
+    """Learning rate that the warm-up rises from; its first step is already one step above it. parent: the rate of the
+    parent's last step, as its lineage says it; the run's config.yaml then holds the number."""
     warmup: Duration = "1%"
     """Length of the linear warm-up from start to peak; its last step is at the peak."""
     decay: Duration = "20%"
@@ -95,7 +95,7 @@ class ScheduleConfig(Section):
             raise ValueError("schedule.kind=infinite needs schedule.plateau, its constant rate")
         for name in ("minimum", "start", "plateau"):
             value = getattr(self, name)
-            if value is not None and value > self.peak:
+            if isinstance(value, float) and value > self.peak:
                 raise ValueError(f"schedule.{name}={value} is above schedule.peak={self.peak}")
         if self.plateau is not None and self.minimum > self.plateau:
             raise ValueError(f"schedule.minimum={self.minimum} is above schedule.plateau={self.plateau}")
@@ -166,9 +166,9 @@ class EvaluationConfig(Section):
     """Distance between evaluations; one at step 0 and one at the end are always made. Null means only those."""
     windows_per_domain: int = Field(64, gt=0)
     """Held-out windows per domain, the same ones every time; all of them when the split has fewer."""
-    micro_batch_size: int = Field(8, gt=0)
-    """Windows per forward pass; fixed by this setting and not by the layout, so that every layout sums the
-    same batches in the same order."""
+    micro_batch_size: int | None = Field(None, gt=0)
+    """Windows per forward pass; null means batch.micro_batch_size, so that an evaluation needs no more memory than
+    training. The losses do not depend on it, but for rounding."""
 
 
 class CheckpointConfig(Section):
@@ -216,6 +216,13 @@ class DistributedConfig(Section):
 
     timeout: float = Field(30.0, gt=0, le=525_600)
     """Minutes until a collective that a lost rank never joins fails."""
+    stop_timeout: float = Field(10.0, gt=0)
+    """Minutes without anything written after which ranks that ``rewarm train`` started on this machine, and asked to
+    save and stop, count as hanging and are killed. A second Ctrl-C or SIGTERM does not wait for that."""
+    threads: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"
+    """Threads each rank computes with on the CPU. auto: those of the checkpoint that a run resumes from on the same
+    layout, as another number may round differently; else OMP_NUM_THREADS; else the cores that are free for a rank,
+    or fewer where a micro-batch is too small for them."""
 
 
 class MegatronConfig(Section):
@@ -223,7 +230,7 @@ class MegatronConfig(Section):
 
     attention: Literal["sdpa", "local", "transformer_engine"] = "sdpa"
     """sdpa: torch's scaled-dot-product kernels. local: Megatron's unfused attention (slower). transformer_engine:
-    Transformer Engine's layers, which must be installed."""
+    Transformer Engine's layers, which must be installed; tested with a stand-in of their layout, not on a GPU."""
     vocab_divisor: int = Field(128, gt=0)
     """The embedding is padded to a multiple of this times parallel.tensor; padded rows never leave in an export."""
     overlap_communication: bool = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -14,11 +15,10 @@ import numpy as np
 
 from rewarm.data.domain import DIGEST, DOMAIN_FILE, file_digest, info_digest
 from rewarm.data.indexed import IndexedWriter
-from rewarm.data.parts import PartInfo, part_path, read_part, read_table
-from rewarm.data.readers import Shard
-from rewarm.data.split import first_occurrences, is_held_out
-from rewarm.files import write_whole
+from rewarm.data.parts import Batch, PartInfo, part_path, read_part, read_table
+from rewarm.data.split import HeldOutBy, first_occurrences, held_out_mask
 
+REJECTS_FILE = "rejects.jsonl"
 _SHOWN_REJECTS = 5
 _SHOWN_LETTERS = 200
 
@@ -56,104 +56,105 @@ class Assembly:
     """The state of the last step.
 
     Args:
-        output: the domain folder.
+        folder: where the result is put together, aside from what may stand in the domain folder.
         dtype: type of a token on disk.
     """
 
-    def __init__(self, output: Path, dtype: np.dtype[Any]) -> None:
-        self.output, self.dtype = output, dtype
+    def __init__(self, folder: Path, dtype: np.dtype[Any]) -> None:
+        self.folder, self.dtype = folder, dtype
         self.parts: list[Path] = []
         self.records = self.rejects = self.empty = self.duplicates = 0
         self.max_token_id = -1
         self.first_rejects: list[str] = []
         self.hashes = np.empty((0, 2), np.uint64)
+        self.lengths = np.empty(0, np.int32)
         self.splits: dict[str, SplitWriter] = {}
 
-    def scan(self, work: Path, shards: list[Shard], keys: list[str], rejects_file: Path) -> None:
-        """List the parts, gather the hashes of all documents, and set the malformed records aside.
+    def scan(self, work: Path, batches: list[Batch], keys: list[str]) -> None:
+        """List the parts, gather the hashes and lengths of all documents, and set the malformed records aside.
+
+        Those go to ``rejects.jsonl``, one JSON object each; there is no such file if there are none.
 
         Args:
             work: where parts lie.
-            shards: of the whole input, in order.
+            batches: of the whole input, in order.
             keys: the names of their parts.
-            rejects_file: one JSON object a malformed record; there is no such file if there is none.
         """
-        tables = []
-        base, file = 0, ""
-        aside = rejects_file.with_suffix(".partial")
-        with open(aside, "w", encoding="utf-8") as rejects:
-            for shard, key in zip(shards, keys, strict=True):
-                # Shards count their lines from their own start; the file goes on.
-                base = base if shard.path == file and shard.start > 0 else 0
-                file = shard.path
+        hashes, lengths = [self.hashes], [self.lengths]
+        base, name = 0, ""
+        # A name that is not UTF-8 is written as JSON's own escapes, which give it back.
+        with open(self.folder / REJECTS_FILE, "w", encoding="utf-8", errors="backslashreplace") as rejects:
+            for batch, key in zip(batches, keys, strict=True):
+                # Pieces of one input count their lines from their own start; the input goes on.
+                base = base if batch[0].name == name else 0
+                name = batch[-1].name
                 info = PartInfo()
-                for number in range(2**31):
+                for number in itertools.count():
                     path = part_path(work, key, number)
-                    info, hashes = read_table(path)
+                    info, table, sizes = read_table(path)
                     self.parts.append(path)
-                    tables.append(hashes)
-                    self._count(info, shard, base, rejects)
+                    hashes.append(table)
+                    lengths.append(sizes)
+                    self._count(info, batch, base, rejects)
                     if info.final:
                         break
-                base += info.lines
-        if self.rejects:
-            os.replace(aside, rejects_file)
-        else:
-            aside.unlink()
-            rejects_file.unlink(missing_ok=True)
-        self.hashes = np.concatenate([self.hashes, *tables])
+                base = base + info.lines if len(batch) == 1 else info.lines
+        if not self.rejects:
+            (self.folder / REJECTS_FILE).unlink()
+        self.hashes, self.lengths = np.concatenate(hashes), np.concatenate(lengths)
 
-    def _count(self, info: PartInfo, shard: Shard, base: int, rejects: Any) -> None:
+    def _count(self, info: PartInfo, batch: Batch, base: int, rejects: Any) -> None:
         self.records += info.records
         self.empty += info.empty
         self.max_token_id = max(self.max_token_id, info.max_token_id)
         for reject in info.rejects:
             self.rejects += 1
-            place = base + reject.line
-            entry = {"file": shard.path, "line": place, "why": reject.why, "raw": reject.raw}
+            file = batch[reject.shard].name
+            place = reject.line + (base if reject.shard == 0 else 0)
+            entry = {"file": file, "line": place, "why": reject.why, "raw": reject.raw}
             rejects.write(json.dumps(entry, ensure_ascii=False) + "\n")
             if len(self.first_rejects) < _SHOWN_REJECTS:
-                self.first_rejects.append(f"{shard.path}:{place}: {reject.why}"[:_SHOWN_LETTERS])
+                self.first_rejects.append(f"{file}:{place}: {reject.why}"[:_SHOWN_LETTERS])
 
     def abort(self) -> None:
         """Remove what was begun; the parts stay."""
         for split in self.splits.values():
             split.writer.abort()
 
-    def publish(self, output: Path, info: dict[str, Any]) -> None:
-        """Give the pairs their names; ``domain.json`` goes first and comes last, so that it never names a mixture."""
-        (output / DOMAIN_FILE).unlink(missing_ok=True)
-        for name, split in self.splits.items():
+    def close(self, info: dict[str, Any]) -> None:
+        """Bring every file of the result to disk, ``domain.json`` included."""
+        for split in self.splits.values():
             if split.documents:
                 split.writer.close()
             else:
                 split.writer.abort()
-                for suffix in (".bin", ".idx"):
-                    (output / f"{name}{suffix}").unlink(missing_ok=True)
         for name, split in self.splits.items():
             if split.documents:
-                info[name]["index_hash"] = file_digest(output / f"{name}.idx")
+                info[name]["index_hash"] = file_digest(self.folder / f"{name}.idx")
         info[DIGEST] = info_digest(info)
-        write_whole(output / DOMAIN_FILE, json.dumps(info, indent=2, ensure_ascii=False) + "\n")
+        with open(self.folder / DOMAIN_FILE, "w", encoding="utf-8", errors="backslashreplace") as stream:
+            stream.write(json.dumps(info, indent=2, ensure_ascii=False) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
 
 
 def assemble(
-    result: Assembly, work: Path, held_out: float, deduplicate: bool, on_progress: Callable[[str, int, int], None]
+    result: Assembly, held_out: float, by: HeldOutBy, deduplicate: bool, on_progress: Callable[[str, int, int], None]
 ) -> None:
     """Copy the documents that are kept from the parts to the pairs.
 
     Args:
         result: after :meth:`Assembly.scan`.
-        work: where parts lie.
-        held_out: expected share of the documents on the held-out side.
+        held_out: share on the held-out side.
+        by: what it is a share of.
         deduplicate: drop every document whose text came before.
         on_progress: told of every part.
     """
     keep = first_occurrences(result.hashes) if deduplicate else np.ones(len(result.hashes), bool)
-    aside = is_held_out(result.hashes, held_out)
+    aside = held_out_mask(result.hashes, np.where(keep, result.lengths, 0), held_out, by)
     result.duplicates = int((~keep).sum())
     for name in ("train", "held_out"):
-        result.splits[name] = SplitWriter(IndexedWriter(result.output / name, result.dtype))
+        result.splits[name] = SplitWriter(IndexedWriter(result.folder / name, result.dtype))
     first = 0
     try:
         for number, path in enumerate(result.parts):

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import platform
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,12 @@ from typing import Any
 from rewarm.data import corpora
 from rewarm.data.build import BuildSettings, OnProgress, build_domain
 from rewarm.data.domain import DOMAIN_FILE
+from rewarm.data.tokenizer_training import END_OF_DOCUMENT, train_tokenizer
 from rewarm.errors import UserError
 
 DOMAINS = ("english", "python", "cpp")
 HELD_OUT = 0.05
 """Share of the documents held out: enough text for a steady loss of a corpus this small."""
-END_OF_DOCUMENT = "<|endoftext|>"
 _DEMO_FILE = "demo.json"
 _FORMAT = "rewarm-demo-1"
 _TRAINING_BYTES = 1_200_000
@@ -107,7 +106,9 @@ def _make(
         on_progress(f"gathering {name}", place, len(DOMAINS))
         _write_texts(texts / f"{name}.jsonl", corpora.documents(name, files[name], max_bytes))
     on_progress("training the tokenizer", 0, 1)
-    _train_tokenizer([texts / f"{name}.jsonl" for name in DOMAINS], vocab_size, output / "tokenizer")
+    samples = [text for name in DOMAINS for text in _sample(texts / f"{name}.jsonl")]
+    folder, more = output / "tokenizer", "raise --megabytes"
+    train_tokenizer(samples, vocab_size, folder, special_tokens=[END_OF_DOCUMENT], more=more)
     on_progress("training the tokenizer", 1, 1)
     infos = {name: (output / name, _build(output, name, on_progress)) for name in DOMAINS}
     _write_aside(output / _DEMO_FILE, lambda aside: aside.write_text(json.dumps({"key": key}) + "\n"))
@@ -147,47 +148,3 @@ def _sample(path: Path) -> list[str]:
     stride = max(1, round(path.stat().st_size / _TRAINING_BYTES))
     with open(path, encoding="utf-8") as stream:
         return [json.loads(line)["text"] for number, line in enumerate(stream) if number % stride == 0]
-
-
-def _train_tokenizer(corpora_files: list[Path], vocab_size: int, folder: Path) -> None:
-    """Byte-level BPE with the GPT-4 pattern's split of digits, as AutoTokenizer opens it."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    pattern = (
-        r"'(?:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_DOCUMENT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    samples = [text for file in corpora_files for text in _sample(file)]
-    tokenizer.train_from_iterator(samples, trainer)
-    if tokenizer.get_vocab_size() < vocab_size:
-        raise UserError(
-            f"--vocab-size {vocab_size}: the sample text has pairs for {tokenizer.get_vocab_size()} entries only",
-            fix=f"lower it to {tokenizer.get_vocab_size()}, or raise --megabytes",
-        )
-    aside = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    tokenizer.save(str(aside / "tokenizer.json"))
-    # What PreTrainedTokenizerFast.save_pretrained writes; importing it would take longer than all the rest.
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": END_OF_DOCUMENT,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 10**30,
-    }
-    (aside / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(aside, folder)

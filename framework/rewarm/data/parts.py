@@ -1,7 +1,8 @@
-"""Parts: the tokenized pieces of a shard, each on disk whole or not at all.
+"""Parts: the tokenized pieces of a batch of shards, each on disk whole or not at all.
 
-A shard gives one part for every 64 MiB of text. A part's name is made of everything its content depends on, so that a
-build that was killed, or got more inputs, finds what is done, and never takes what was made otherwise.
+A batch is one shard of a large file, or many small files: to flush a part for each of those would take longer than all
+the rest. A batch gives one part for every 64 MiB of text. A part's name is made of everything its content depends on,
+so that a build that was killed, or got more inputs, finds what is done, and never takes what was made otherwise.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from rewarm.data.indexed import MAX_SEQUENCE_TOKENS, token_dtype
-from rewarm.data.readers import Item, Shard, ShardReader
+from rewarm.data.readers import Item, Shard, ShardReader, TextDocument
+from rewarm.data.records import TextRule
 from rewarm.data.split import HASH_BYTES, text_hash
 from rewarm.data.tokenizer import TextTokenizer, open_tokenizer
 
@@ -26,26 +28,35 @@ PART_BYTES = 64 * 2**20
 """What a build takes for ``EncodeSettings.part_bytes``."""
 _BATCH_BYTES = 1 << 20
 _BATCH_DOCUMENTS = 1000
-_PART_FORMAT = "rewarm-part-1"
+_PART_FORMAT = "rewarm-part-2"
+_MAX_BATCH_FILES = 4096
+
+Batch = tuple[Shard, ...]
+"""Shards that one worker reads one after another into the same parts."""
 
 
 @dataclass(frozen=True, slots=True)
 class EncodeSettings:
-    """What decides the content of a part besides its shard."""
+    """What decides the content of a part besides its shards."""
 
     tokenizer: str
     tokenizer_fingerprint: str
     end_of_document: str
     special_tokens: str
     text_key: str
-    text_document: Literal["file", "line", "blank"]
+    text_document: TextDocument
     part_bytes: int
     """UTF-8 bytes of text after which a part is closed."""
+    text_template: str | None = None
+    beginning_of_document: int | None = None
+    """Token in front of each document."""
 
 
 class Reject(NamedTuple):
     """A malformed record."""
 
+    shard: int
+    """Its place in the batch."""
     line: int
     """Within the shard, from 1."""
     why: str
@@ -59,12 +70,12 @@ class PartInfo:
     records: int = 0
     """Records read for it, malformed and empty ones included."""
     lines: int = 0
-    """Lines of the shard up to its end."""
+    """Lines of the shard in hand up to the end of the part."""
     empty: int = 0
     """Texts without a character that is not a space."""
     max_token_id: int = -1
     final: bool = False
-    """True for the last part of its shard."""
+    """True for the last part of its batch."""
     rejects: list[Reject] = field(default_factory=list)
 
 
@@ -80,9 +91,33 @@ class Part:
     """int64 [N]; UTF-8 bytes of each text."""
 
 
-def shard_key(shard: Shard, settings: EncodeSettings) -> str:
-    """The name that all parts of a shard begin with."""
-    identity = {"format": _PART_FORMAT, **asdict(shard), **asdict(settings)}
+def make_batches(shards: list[Shard], small: int, large: int) -> list[Batch]:
+    """Put neighbouring small files together; anything else stands alone.
+
+    Args:
+        shards: of the whole input, in order.
+        small: bytes up to which a file is small.
+        large: most bytes of a batch of several.
+    """
+    batches: list[list[Shard]] = []
+    weight, is_open = 0, False
+    for shard in shards:
+        fits = shard.weight == shard.size <= small
+        if fits and is_open and weight + shard.weight <= large and len(batches[-1]) < _MAX_BATCH_FILES:
+            batches[-1].append(shard)
+            weight += shard.weight
+        else:
+            batches.append([shard])
+            weight, is_open = shard.weight, fits
+    return [tuple(batch) for batch in batches]
+
+
+def batch_key(batch: Batch, settings: EncodeSettings) -> str:
+    """The name that all parts of a batch begin with."""
+    shards = [asdict(shard) for shard in batch]
+    for shard in shards:
+        shard.pop("name")  # how the user wrote it: the path speaks for it
+    identity = {"format": _PART_FORMAT, "shards": shards, **asdict(settings)}
     identity.pop("tokenizer")  # a place, not a content: the fingerprint speaks for it
     return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=12).hexdigest()
 
@@ -103,10 +138,10 @@ def _parse_info(raw: np.ndarray) -> PartInfo:
     return PartInfo(**{**fields, "rejects": [Reject(*reject) for reject in fields["rejects"]]})
 
 
-def read_table(path: Path) -> tuple[PartInfo, np.ndarray]:
-    """A part's counts and the uint64 [N, 2] hashes of its documents, without its tokens."""
+def read_table(path: Path) -> tuple[PartInfo, np.ndarray, np.ndarray]:
+    """A part's counts, the uint64 [N, 2] hashes and the int32 [N] lengths of its documents, without its tokens."""
     with np.load(path) as archive:
-        return _parse_info(archive["info"]), _as_hashes(archive["hashes"])
+        return _parse_info(archive["info"]), _as_hashes(archive["hashes"]), archive["lengths"]
 
 
 def _as_hashes(raw: np.ndarray) -> np.ndarray:
@@ -120,7 +155,7 @@ def read_part(path: Path) -> Part:
 
 
 def finished_parts(folder: Path, key: str) -> tuple[list[PartInfo], bool]:
-    """The parts of a shard that are on disk, in order, and whether they are all."""
+    """The parts of a batch that are on disk, in order, and whether they are all."""
     infos: list[PartInfo] = []
     while (path := part_path(folder, key, len(infos))).is_file():
         infos.append(read_info(path))
@@ -132,8 +167,9 @@ def finished_parts(folder: Path, key: str) -> tuple[list[PartInfo], bool]:
 class _PartBuilder:
     """Gathers the documents of one part and tokenizes them in batches."""
 
-    def __init__(self, tokenizer: TextTokenizer) -> None:
+    def __init__(self, tokenizer: TextTokenizer, beginning: int | None) -> None:
         self.tokenizer, self.info = tokenizer, PartInfo()
+        self._beginning = [] if beginning is None else [beginning]
         self.dtype = token_dtype(tokenizer.vocab_size)
         self.text_bytes = 0
         self._texts: list[str] = []
@@ -143,10 +179,10 @@ class _PartBuilder:
         self._hashes: list[bytes] = []
         self._sizes: list[int] = []
 
-    def add(self, item: Item) -> None:
+    def add(self, shard: int, item: Item) -> None:
         self.info.records += 1
         if item.text is None:
-            self.info.rejects.append(Reject(item.line, item.why, item.raw))
+            self.info.rejects.append(Reject(shard, item.line, item.why, item.raw))
         elif not item.text.strip():
             self.info.empty += 1
         else:
@@ -160,7 +196,8 @@ class _PartBuilder:
                 self.flush()
 
     def flush(self) -> None:
-        for tokens in self.tokenizer.encode(self._texts) if self._texts else []:
+        for text in self.tokenizer.encode(self._texts) if self._texts else []:
+            tokens = np.concatenate([self._beginning, text]).astype(np.int64) if self._beginning else text
             assert len(tokens) <= MAX_SEQUENCE_TOKENS
             self._lengths.append(len(tokens))
             self._tokens.append(tokens.astype(self.dtype))
@@ -188,36 +225,64 @@ class _PartBuilder:
             raise
 
 
-def encode_shard(
-    shard: Shard, settings: EncodeSettings, folder: Path, advance: Callable[[int], None] = lambda _: None
+class _BatchReader:
+    """The records of all shards of a batch, one after another."""
+
+    def __init__(self, batch: Batch, settings: EncodeSettings) -> None:
+        self._batch, self._settings = batch, settings
+        self._rule = TextRule(settings.text_key, settings.text_template)
+        self._before = 0
+        self._reader: ShardReader | None = None
+
+    @property
+    def consumed(self) -> int:
+        """Bytes of the batch's weight that were read."""
+        return self._before + (self._reader.consumed if self._reader else 0)
+
+    @property
+    def lines(self) -> int:
+        """Lines of the shard in hand."""
+        return self._reader.lines if self._reader else 0
+
+    def __iter__(self) -> Iterator[tuple[int, Item]]:
+        for place, shard in enumerate(self._batch):
+            self._reader = ShardReader(shard, self._rule, self._settings.text_document)
+            yield from ((place, item) for item in self._reader)
+            self._before += shard.weight
+            self._reader.consumed = 0
+
+
+def encode_batch(
+    batch: Batch, settings: EncodeSettings, folder: Path, advance: Callable[[int], None] = lambda _: None
 ) -> list[PartInfo]:
-    """Tokenize what is not yet on disk of a shard.
+    """Tokenize what is not yet on disk of a batch.
 
     Args:
-        shard: what to read.
+        batch: what to read.
         settings: how to encode it.
         folder: where parts lie.
         advance: told the bytes of input that were read since it was last called.
 
     Returns:
-        The counts of all parts of the shard, in order.
+        The counts of all parts of the batch, in order.
     """
-    key = shard_key(shard, settings)
+    key = batch_key(batch, settings)
     infos, whole = finished_parts(folder, key)
+    total = sum(shard.weight for shard in batch)
     if whole:
-        advance(shard.weight)
+        advance(total)
         return infos
     tokenizer = _cached_tokenizer(settings)
-    reader = ShardReader(shard, settings.text_key, settings.text_document)
-    items: Iterator[Item] = iter(reader)
+    reader = _BatchReader(batch, settings)
+    items = iter(reader)
     skipped = sum(info.records for info in infos)
     next(itertools.islice(items, skipped, skipped), None)
     told = 0
     while not (infos and infos[-1].final):
-        builder = _PartBuilder(tokenizer)
+        builder = _PartBuilder(tokenizer, settings.beginning_of_document)
         builder.info.final = True
-        for item in items:
-            builder.add(item)
+        for place, item in items:
+            builder.add(place, item)
             if reader.consumed > told + _BATCH_BYTES:
                 advance(reader.consumed - told)
                 told = reader.consumed
@@ -227,7 +292,7 @@ def encode_shard(
         builder.info.lines = reader.lines
         builder.write(part_path(folder, key, len(infos)))
         infos.append(builder.info)
-    advance(shard.weight - told)
+    advance(total - told)
     return infos
 
 

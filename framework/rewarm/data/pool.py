@@ -1,4 +1,4 @@
-"""Tokenizing shards in parallel processes."""
+"""Tokenizing batches of shards in parallel processes."""
 
 from __future__ import annotations
 
@@ -14,50 +14,48 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rewarm.data.parts import EncodeSettings, PartInfo, encode_shard
-from rewarm.data.readers import Shard
+from rewarm.data.parts import Batch, EncodeSettings, PartInfo, Reject, encode_batch
 from rewarm.errors import UserError
 
 _POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True, slots=True)
-class ShardCounts:
-    """What became of a shard."""
+class BatchCounts:
+    """What became of a batch."""
 
-    shard: int
-    """Its place among the shards given."""
+    batch: int
+    """Its place among the batches given."""
     records: int
     rejects: int
-    first_rejects: list[tuple[int, str]]
-    """[(line within the shard, why)] of the first malformed records."""
+    first_rejects: list[Reject]
 
 
-def encode_shards(
-    shards: list[Shard], settings: EncodeSettings, folder: Path, workers: int, on_bytes: Callable[[int], None]
-) -> Iterator[ShardCounts]:
-    """Tokenize shards into parts, in any order.
+def encode_batches(
+    batches: list[Batch], settings: EncodeSettings, folder: Path, workers: int, on_bytes: Callable[[int], None]
+) -> Iterator[BatchCounts]:
+    """Tokenize batches into parts, in any order.
 
     One process tokenizes on ``workers`` threads; more processes share them evenly. The parts are the same.
 
     Args:
-        shards: what to read, each once.
+        batches: what to read, each once.
         settings: how to encode.
         folder: where parts lie.
         workers: cores to use.
         on_bytes: told of every piece of input that was read.
 
     Yields:
-        Each shard's counts as soon as it is done.
+        Each batch's counts as soon as it is done.
 
     Raises:
-        UserError: if a shard cannot be read, or a worker was killed.
+        UserError: if a file cannot be read, or a worker was killed.
     """
-    processes = min(workers, len(shards))
+    processes = min(workers, len(batches))
     if processes <= 1:
         with _tokenizer_threads(workers):
-            for place, shard in enumerate(shards):
-                yield _count(place, encode_shard(shard, settings, folder, on_bytes))
+            for place, batch in enumerate(batches):
+                yield _count(place, encode_batch(batch, settings, folder, on_bytes))
         return
     context = multiprocessing.get_context("spawn")
     counter, stop = context.Value("q", 0), context.Event()
@@ -66,7 +64,7 @@ def encode_shards(
     ) as pool:
         try:
             futures = [
-                pool.submit(_encode_in_worker, place, shard, settings, folder) for place, shard in enumerate(shards)
+                pool.submit(_encode_in_worker, place, batch, settings, folder) for place, batch in enumerate(batches)
             ]
             yield from _drain(set(futures), counter, on_bytes)
         except BrokenProcessPool as error:
@@ -79,7 +77,7 @@ def encode_shards(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _drain(pending: set[Future[ShardCounts]], counter: Any, on_bytes: Callable[[int], None]) -> Iterator[ShardCounts]:
+def _drain(pending: set[Future[BatchCounts]], counter: Any, on_bytes: Callable[[int], None]) -> Iterator[BatchCounts]:
     told = 0
     while pending:
         done, pending = wait(pending, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
@@ -91,9 +89,9 @@ def _drain(pending: set[Future[ShardCounts]], counter: Any, on_bytes: Callable[[
             yield future.result()
 
 
-def _count(place: int, infos: list[PartInfo]) -> ShardCounts:
-    rejects = [(reject.line, reject.why) for info in infos for reject in info.rejects]
-    return ShardCounts(place, sum(info.records for info in infos), len(rejects), rejects[:3])
+def _count(place: int, infos: list[PartInfo]) -> BatchCounts:
+    rejects = [reject._replace(raw="") for info in infos for reject in info.rejects]
+    return BatchCounts(place, sum(info.records for info in infos), len(rejects), rejects[:3])
 
 
 @contextlib.contextmanager
@@ -133,11 +131,11 @@ def _leave_with_parent() -> None:
         os._exit(1)
 
 
-def _encode_in_worker(place: int, shard: Shard, settings: EncodeSettings, folder: Path) -> ShardCounts:
+def _encode_in_worker(place: int, batch: Batch, settings: EncodeSettings, folder: Path) -> BatchCounts:
     def advance(num_bytes: int) -> None:
         with _counter.get_lock():
             _counter.value += num_bytes
         if _stop.is_set():
             raise _Stopped
 
-    return _count(place, encode_shard(shard, settings, folder, advance))
+    return _count(place, encode_batch(batch, settings, folder, advance))

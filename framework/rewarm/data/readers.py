@@ -1,4 +1,4 @@
-"""Documents out of text, JSON lines and columnar files, one shard at a time."""
+"""Documents out of files of text and of records, one shard at a time."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any, Literal
 
-from rewarm.data.compressed import is_compressed, open_stream, read_all, read_line
+from rewarm.data.columnar import columnar_rows, rows_before
+from rewarm.data.compressed import Compression, open_stream, read_all, read_line, unreadable
+from rewarm.data.encodings import MARK, UTF_8, as_utf8
+from rewarm.data.formats import COLUMNAR, Kind
+from rewarm.data.records import Malformed, TextRule, checked_text
+from rewarm.data.tables import csv_rows, json_values
 from rewarm.errors import UserError
 
-Kind = Literal["text", "jsonl", "parquet", "arrow"]
 MAX_DOCUMENT_BYTES = 256 * 2**20
 """Longest document: beyond it one text would take gigabytes to tokenize."""
+TextDocument = Literal["file", "line", "blank"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,15 @@ class Shard:
     holds its first byte."""
     weight: int = 0
     """Share of the file's bytes, for the progress bar."""
+    compression: Compression = ""
+    encoding: str = UTF_8
+    name: str = ""
+    """The file as the user knows it, for messages; pieces of one input have one name."""
+
+    @property
+    def is_sequential(self) -> bool:
+        """Whether the file can only be read from its start."""
+        return bool(self.compression) or self.encoding != UTF_8
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +66,7 @@ class ShardReader:
 
     Args:
         shard: what to read.
-        text_key: field or column that holds the text.
+        rule: what of a record is its text.
         text_document: what one document of a text file is.
 
     Attributes:
@@ -61,21 +74,26 @@ class ShardReader:
         lines: lines or rows of the shard seen so far.
     """
 
-    def __init__(self, shard: Shard, text_key: str, text_document: Literal["file", "line", "blank"]) -> None:
-        self.shard, self.text_key, self.text_document = shard, text_key, text_document
+    def __init__(self, shard: Shard, rule: TextRule, text_document: TextDocument) -> None:
+        self.shard, self.rule, self.text_document = shard, rule, text_document
         self.consumed = 0
         self.lines = 0
 
     def __iter__(self) -> Iterator[Item]:
         kind = self.shard.kind
-        if kind == "jsonl":
-            yield from self._json_lines()
-        elif kind == "text":
-            yield from self._texts()
-        elif kind == "parquet":
-            yield from self._parquet()
-        else:
-            yield from self._arrow()
+        try:
+            if kind == "jsonl":
+                yield from self._json_lines()
+            elif kind == "text":
+                yield from self._texts()
+            elif kind == "json":
+                yield from self._json_values()
+            elif kind in COLUMNAR:
+                yield from self._columnar()
+            else:
+                yield from self._csv()
+        except OSError as error:
+            raise unreadable(self.shard.name, error) from error
         self.consumed = self.shard.weight
 
     def _json_lines(self) -> Iterator[Item]:
@@ -83,120 +101,140 @@ class ShardReader:
             if not raw.strip():
                 continue
             try:
-                record = json.loads(raw)
+                record = json.loads(self._decode(raw).removeprefix(MARK))
             except (ValueError, RecursionError) as error:
                 yield self._reject(f"not JSON: {error}", raw)
-                continue
-            if not isinstance(record, dict):
-                yield self._reject(f"not an object but {type(record).__name__}", raw)
-            elif self.text_key not in record:
-                yield self._reject(f"no key {self.text_key!r}; it has {sorted(record)[:8]}", raw)
             else:
-                yield self._checked(record[self.text_key], raw)
+                yield self._record(record, raw)
+
+    def _json_values(self) -> Iterator[Item]:
+        with self._open() as (file, stream):
+            values = json_values(
+                lambda count: read_all(stream, self.shard.name, count), self.shard.name, MAX_DOCUMENT_BYTES
+            )
+            for line, value, raw in values:
+                self.lines = line
+                self.consumed = min(self.shard.weight, file.tell())
+                yield self._record(value, raw.encode(errors="replace"))
+
+    def _csv(self) -> Iterator[Item]:
+        delimiter = "," if self.shard.kind == "csv" else "\t"
+        for row in csv_rows(self._marked_lines(), delimiter, self.shard.name, self.rule.fields):
+            try:
+                self._decode(row.raw)
+            except Malformed as error:
+                yield self._reject(str(error), row.raw, row.line)
+                continue
+            if row.fields is None:
+                yield self._reject(row.why, row.raw, row.line)
+            else:
+                yield self._record(row.fields, row.raw, row.line)
+
+    def _columnar(self) -> Iterator[Item]:
+        shard = self.shard
+        batches = columnar_rows(shard.kind, shard.path, shard.name, self.rule.fields, shard.start, shard.stop)
+        for done, rows in batches:
+            for row in rows:
+                self.lines += 1
+                if isinstance(row, UnicodeDecodeError):
+                    yield self._reject(f"not UTF-8 at byte {row.start}: {row.reason}", row.object)
+                else:
+                    yield self._record(row, b"")
+            self.consumed = shard.weight * done // max(1, shard.stop - shard.start)
 
     def _texts(self) -> Iterator[Item]:
         if self.text_document == "line":
-            for raw in self._raw_lines():
-                yield self._decoded(raw.rstrip(b"\r\n"))
+            for raw in self._marked_lines():
+                yield self._text(raw.rstrip(b"\r\n"))
         elif self.text_document == "file":
             with self._open() as (_, stream):
-                raw = read_all(stream, self.shard.path, MAX_DOCUMENT_BYTES + 1)
+                raw = read_all(stream, self.shard.name, MAX_DOCUMENT_BYTES + 1)
             fix = "say what a document of a .txt file is: --text-document line, or --text-document blank"
-            yield self._decoded(self._bounded(raw, "is one document", fix))
+            self._bounded(raw, "is one document", fix)
             self.lines = 1
+            yield self._text(raw)
         else:
             block: list[bytes] = []
             first = 1
-            for raw in self._raw_lines():
+            for raw in self._marked_lines():
                 if raw.strip():
                     first = first if block else self.lines
                     block.append(raw)
                 elif block:
-                    yield self._decoded(b"".join(block).rstrip(b"\r\n"), first)
+                    yield self._text(b"".join(block).rstrip(b"\r\n"), first)
                     block = []
             if block:
-                yield self._decoded(b"".join(block).rstrip(b"\r\n"), first)
+                yield self._text(b"".join(block).rstrip(b"\r\n"), first)
 
-    def _bounded(self, raw: bytes, what: str, fix: str) -> bytes:
+    def _bounded(self, raw: bytes, what: str, fix: str) -> None:
         if len(raw) > MAX_DOCUMENT_BYTES:
-            raise UserError(f"{self.shard.path} {what} of more than {MAX_DOCUMENT_BYTES >> 20} MiB", fix=fix)
-        return raw
+            raise UserError(f"{self.shard.name} {what} of more than {MAX_DOCUMENT_BYTES >> 20} MiB", fix=fix)
+
+    def _marked_lines(self) -> Iterator[bytes]:
+        """Lines without the byte-order marks that files had which were joined into this one."""
+        mark = MARK.encode()
+        return (raw.removeprefix(mark) for raw in self._raw_lines())
 
     def _raw_lines(self) -> Iterator[bytes]:
         shard = self.shard
-        compressed = is_compressed(shard.path)
         with self._open() as (file, stream):
             position = shard.start
             if shard.start:
                 # The line that runs over the border belongs to the shard before.
                 stream.seek(shard.start - 1)
                 position += len(stream.readline()) - 1
-            while compressed or position < shard.stop:
-                raw = read_line(stream, shard.path, MAX_DOCUMENT_BYTES + 1)
+            while shard.is_sequential or position < shard.stop:
+                raw = read_line(stream, shard.name, MAX_DOCUMENT_BYTES + 1)
                 if not raw:
                     break
                 self._bounded(raw, "has a line", "one document a line is expected: check the format of the file")
                 position += len(raw)
                 self.lines += 1
-                self.consumed = min(shard.weight, file.tell() if compressed else position - shard.start)
+                self.consumed = min(shard.weight, file.tell() if shard.is_sequential else position - shard.start)
                 yield raw
 
     @contextmanager
     def _open(self) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-        with open(self.shard.path, "rb") as raw:
-            yield raw, open_stream(raw, self.shard.path)
-
-    def _parquet(self) -> Iterator[Item]:
-        import pyarrow.parquet
-
         shard = self.shard
-        with pyarrow.parquet.ParquetFile(shard.path) as file:
-            for group in range(shard.start, shard.stop):
-                for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=[self.text_key]):
-                    yield from self._column(batch.column(0))
-                self.consumed = shard.weight * (group + 1 - shard.start) // (shard.stop - shard.start)
+        with open(shard.path, "rb") as raw:
+            yield raw, as_utf8(open_stream(raw, shard.compression), shard.encoding, shard.name)
 
-    def _arrow(self) -> Iterator[Item]:
-        import pyarrow
-
-        shard = self.shard
-        with pyarrow.memory_map(shard.path) as source:
-            for number, batch in enumerate(pyarrow.ipc.open_stream(source)):
-                if number >= shard.stop:
-                    break
-                if number >= shard.start:
-                    yield from self._column(batch.column(self.text_key))
-                    self.consumed = shard.weight * (number + 1 - shard.start) // (shard.stop - shard.start)
-
-    def _column(self, column: Any) -> Iterator[Item]:
-        for value in column:
-            self.lines += 1
-            yield self._checked(value.as_py(), b"")
-
-    def _decoded(self, raw: bytes, line: int | None = None) -> Item:
+    def _decode(self, raw: bytes) -> str:
         try:
-            return Item(line or max(1, self.lines), raw.decode("utf-8"))
+            return raw.decode()
         except UnicodeDecodeError as error:
-            return self._reject(f"not UTF-8 at byte {error.start}: {error.reason}", raw, line)
+            reason = f": {error.reason}" if self.shard.encoding == UTF_8 else ""
+            raise Malformed(
+                f"not {self.shard.encoding.upper()}: byte 0x{raw[error.start]:02x} at {error.start}{reason}"
+            ) from error
 
-    def _checked(self, text: Any, raw: bytes) -> Item:
-        if not isinstance(text, str):
-            return self._reject(f"{self.text_key!r} is not a text but {type(text).__name__}", raw)
+    def _text(self, raw: bytes, line: int | None = None) -> Item:
         try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            return self._reject(f"{self.text_key!r} holds half a surrogate pair at character {error.start}", raw)
-        return Item(self.lines, text)
+            return Item(line or max(1, self.lines), checked_text(self._decode(raw)))
+        except Malformed as error:
+            return self._reject(str(error), raw, line)
+
+    def _record(self, record: Any, raw: bytes, line: int | None = None) -> Item:
+        if not isinstance(record, dict):
+            return self._reject(f"not an object but {type(record).__name__}", raw, line)
+        try:
+            return Item(line or self.lines, self.rule.text(record))
+        except Malformed as error:
+            return self._reject(str(error), raw, line)
 
     def _reject(self, why: str, raw: bytes, line: int | None = None) -> Item:
         shown = raw.decode("utf-8", errors="backslashreplace").rstrip("\n")
         return Item(line or max(1, self.lines), None, why, shown)
 
 
-def suffix_kind(path: Path) -> Kind | None:
-    """The kind of a file by its name, or None if it is none that is read directly."""
-    name = path.name.lower()
-    for ending, kind in ((".txt", "text"), (".jsonl", "jsonl")):
-        if name.endswith((ending, f"{ending}.gz", f"{ending}.zst")):
-            return kind  # type: ignore[return-value]
-    return "parquet" if name.endswith(".parquet") else None
+def lines_before(shard: Shard) -> int:
+    """Lines or rows of the file that belong to the shards before this one."""
+    if shard.start == 0:
+        return 0
+    if shard.kind in COLUMNAR:
+        return rows_before(shard.kind, shard.path, shard.name, shard.start)
+    count, left = 1, shard.start - 1
+    with open(shard.path, "rb") as file:
+        while left and (piece := file.read(min(left, 1 << 20))):
+            count, left = count + piece.count(b"\n"), left - len(piece)
+    return count

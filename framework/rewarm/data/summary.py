@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewarm.config.data import DomainConfig
-from rewarm.data.build import REJECTS_FILE, OnProgress
+from rewarm.data.assemble import REJECTS_FILE
+from rewarm.data.build import OnProgress
 from rewarm.data.domain import Domain, open_domain
 from rewarm.data.indexed import IndexedTokens
 from rewarm.errors import UserError
@@ -35,7 +36,7 @@ def progress_on(console: Console, title: str) -> Iterator[OnProgress]:
     )
 
     columns = (
-        TextColumn("{task.description:<32}"),
+        TextColumn("{task.description:<32}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
         TextColumn("{task.fields[amount]}"),
@@ -52,24 +53,40 @@ def progress_on(console: Console, title: str) -> Iterator[OnProgress]:
         yield follow
 
 
-def build_table(folder: Path, info: dict[str, Any]) -> Table:
+def build_table(info: dict[str, Any]) -> Table:
     """What a build made of its input."""
     from rich.table import Table
 
-    table = Table(title=f"{folder}", title_justify="left", show_header=True)
+    table = Table(show_header=True)
     for heading in ("split", "documents", "tokens", "bytes", "bytes per token"):
         table.add_column(heading, justify="left" if heading == "split" else "right")
     for split in ("train", "held_out"):
         counts = info[split]
         table.add_row(split, *_counted(counts["documents"], counts["tokens"], counts["bytes"]))
-    table.caption = (
-        f"{info['records']:,} records: {info['duplicates']:,} duplicates dropped, {info['empty']:,} empty, "
-        f"{info['rejects']:,} malformed" + (f" (see {folder / REJECTS_FILE})" if info["rejects"] else "")
+    return table
+
+
+def build_caption(folder: Path, info: dict[str, Any]) -> str:
+    """What became of the files and records, and what should be known of the result."""
+    caption = (
+        f"{info['records']:,} records of {info['files']:,} files: {info['duplicates']:,} duplicates dropped, "
+        f"{info['empty']:,} empty, {info['rejects']:,} malformed"
+        + (f" (see {folder / REJECTS_FILE})" if info["rejects"] else "")
     )
     if info["files_ignored"]:
-        table.caption += f"; {info['files_ignored']:,} files of other kinds left out"
-    table.caption_justify = "left"
-    return table
+        caption += f"; {info['files_ignored']:,} files of other kinds left out"
+    if info.get("files_repeated"):
+        caption += f"; {info['files_repeated']:,} files reached twice and read once"
+    return "\n".join([caption, *_share_notice(info), *(f"note: {notice}" for notice in info.get("notices", []))])
+
+
+def _share_notice(info: dict[str, Any]) -> list[str]:
+    """A share of the documents can be far from that of the tokens where documents are few, or differ in length."""
+    wanted, held_out = info["held_out_fraction"], info["held_out"]["tokens"]
+    share = held_out / (held_out + info["train"]["tokens"])
+    if wanted == 0 or info.get("held_out_by") == "tokens" or 0.5 * wanted <= share <= 2 * wanted:
+        return []
+    return [f"note: {share:.2%} of the tokens are held out; --held-out-by tokens gets nearer to {wanted:.2%}"]
 
 
 def _counted(documents: int, tokens: int, num_bytes: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""The tokenizer that turns documents into tokens, opened without importing transformers where possible."""
+"""The tokenizer that turns documents into tokens: the ids of ``AutoTokenizer``."""
 
 from __future__ import annotations
 
@@ -10,17 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rewarm.data.backend import PROBE, read_backend
+from rewarm.data.model_folder import list_files, read_json
 from rewarm.errors import UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-# Spaces, digits, capitals, code, accents, scripts and bytes that are no word: what pre-tokenizers and normalizers
-# of the known families treat differently.
-_PROBE = (
-    "The  quick\tbrown fox's 12345.67 jumps;\n\n    def f(x_1): return x_1**2  # don't\r\n"
-    "Ünïcödé ﬁne Å naïve — “quotes” … 你好。世界 こんにちは Привет мир عربى हिन्दी 🙂👩‍💻 \u0000\u200b\x7f</s><s>"
-)
 
 
 @dataclass(frozen=True)
@@ -61,9 +56,15 @@ def open_tokenizer(
         UserError: if there is no tokenizer, or it has no such token.
     """
     folder = Path(folder)
-    backend = open_backend(folder)
+    backend, named = _open(folder)
+    if backend.encode_special_tokens and special_tokens == "parse":
+        raise UserError(
+            f"the tokenizer {folder} encodes special tokens like any other text (split_special_tokens in its "
+            "tokenizer_config.json)",
+            fix="ask for the same: --special-tokens text",
+        )
     backend.encode_special_tokens = special_tokens == "text"
-    name = end_of_document or _eos_name(folder)
+    name = end_of_document or named.get("eos_token")
     if name is None:
         raise UserError(
             f"the tokenizer {folder} has no EOS token to end documents with",
@@ -96,12 +97,63 @@ def open_backend(folder: Path) -> Tokenizer:
     Raises:
         UserError: if there is none.
     """
+    return _open(folder)[0]
+
+
+def turn_end_warning(tokenizer: TextTokenizer) -> str | None:
+    """A warning where the token that ends documents is the one that ends a turn of a conversation, else None.
+
+    The tokenizer of an instruct model names it as its EOS: a model that sees it after each plain document unlearns what
+    it stands for.
+    """
+    name = tokenizer.end_of_document_token
+    ends = [token for token in _DOCUMENT_ENDS if token != name and tokenizer.backend.token_to_id(token) is not None]
+    template = _chat_template(tokenizer.folder)
+    if not (name in _TURN_ENDS and (ends or template)) and not (ends and name in template):
+        return None
+    other = f"--end-of-document '{ends[0]}'" if ends else "--end-of-document TOKEN, one that no conversation holds"
+    return (
+        f"documents end with {name!r}, which in this instruct model's tokenizer ends a turn of a conversation and no "
+        f"document\n  fix: {other}"
+    )
+
+
+_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eot|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|return|>")
+_DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>")
+
+
+def _chat_template(folder: Path) -> str:
+    """The texts of a folder's chat templates, one after the other."""
+    files = list_files(folder, ("chat_template.*", "additional_chat_templates/*.jinja")).values()
+    known = (read_json(folder, "tokenizer_config.json") or {}).get("chat_template")
+    inside = "" if known is None else json.dumps(known, ensure_ascii=False)
+    return inside + "".join(file.read_text("utf-8", "replace") for file in files)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """True if a Hugging Face folder carries a tokenizer, fast or slow."""
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+    return any((folder / name).exists() for name in names)
+
+
+def special_token_ids(folder: Path) -> dict[str, int]:
+    """Ids of the special tokens that a tokenizer names, under the keys of a config.json: ``eos_token_id`` and others.
+
+    Raises:
+        UserError: if there is no tokenizer.
+    """
+    backend, named = _open(folder)
+    ids = {f"{name}_id": backend.token_to_id(token) for name, token in named.items()}
+    return {name: identity for name, identity in ids.items() if identity is not None and name != "unk_token_id"}
+
+
+def _open(folder: Path) -> tuple[Tokenizer, dict[str, str]]:
     if not folder.is_dir():
         raise UserError(
             f"tokenizer {folder} is not a folder", fix="give the folder of a Hugging Face tokenizer or model"
         )
     try:
-        backend = _read_backend(folder)
+        backend, named = read_backend(folder)
     except UserError:
         raise
     except Exception as error:  # both libraries raise bare Exception for a file they cannot read
@@ -110,78 +162,16 @@ def open_backend(folder: Path) -> Tokenizer:
             f"the tokenizer {folder} cannot be opened: {reason[0] if reason else error!r}",
             fix="give a folder with tokenizer.json",
         ) from error
-    if backend is None:
-        raise UserError(
-            f"the tokenizer {folder} has no fast form",
-            fix="convert it: AutoTokenizer.from_pretrained(folder).save_pretrained(other) with a tokenizer.json",
-        )
     # A saved truncation would silently cut every document short.
     backend.no_truncation()
     backend.no_padding()
-    return backend
-
-
-def _read_backend(folder: Path) -> Tokenizer | None:
-    from tokenizers import Tokenizer
-
-    file = folder / "tokenizer.json"
-    if file.is_file():
-        return Tokenizer.from_file(str(file))
-    return getattr(load_with_transformers(folder), "backend_tokenizer", None)
-
-
-def load_with_transformers(folder: Path) -> Any:
-    """What ``AutoTokenizer`` makes of a folder, without running Python files that it brings.
-
-    Raises:
-        UserError: if it takes such files.
-        Exception: of a dozen kinds, for a folder without tokenizer or with a damaged one.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        # Left out, trust_remote_code is asked for on the terminal.
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception:
-        code = _own_code(folder)
-        if code is None:
-            raise
-        raise UserError(
-            f"the tokenizer {folder} brings Python files of its own ({code}), which are never run: "
-            "deepspeed.trust_remote_code is for those of the model",
-            fix="give the folder of a tokenizer with tokenizer.json, which needs none",
-        ) from None
-
-
-def _own_code(folder: Path) -> str | None:
-    """What the folder names as its own code for a tokenizer, or for the model that transformers would know it by."""
-    for file in ("tokenizer_config.json", "config.json"):
-        try:
-            named = json.loads((folder / file).read_text(encoding="utf-8"))["auto_map"]
-            found = named.get("AutoTokenizer") or named["AutoConfig"]
-            return str(found if isinstance(found, str) else next(name for name in found if name))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration):
-            continue
-    return None
-
-
-def _eos_name(folder: Path) -> str | None:
-    for file in ("tokenizer_config.json", "special_tokens_map.json"):
-        if not (folder / file).is_file():
-            continue
-        try:
-            token = json.loads((folder / file).read_text(encoding="utf-8")).get("eos_token")
-        except ValueError as error:
-            raise UserError(f"{folder / file} is not JSON: {error}", fix="copy the tokenizer again") from error
-        if token:
-            return str(token["content"]) if isinstance(token, dict) else str(token)
-    return None
+    return backend, named
 
 
 def _fingerprint(backend: Tokenizer, vocabulary: dict[str, int]) -> str:
     backend_parses = backend.encode_special_tokens
     backend.encode_special_tokens = False
-    probe = backend.encode(_PROBE, add_special_tokens=False).ids
+    probe = backend.encode(PROBE, add_special_tokens=False).ids
     backend.encode_special_tokens = backend_parses
     model = json.loads(backend.to_str())["model"]
     # Merges are written as "a b" by older versions of the library and as ["a", "b"] by newer ones.

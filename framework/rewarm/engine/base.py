@@ -108,7 +108,8 @@ class Engine(ABC):
         """Compare the domains' gradients, without a step. Leaves no trace, as :meth:`dry_run`. Collective.
 
         It costs a forward and a backward pass over all windows, one reduction of the gradient for each chunk, and
-        memory for one fp32 gradient a domain, cut over the ranks as the engine cuts its own.
+        memory of the host for one fp32 gradient a domain, cut over the ranks as the engine cuts its own. On the device
+        there are two of them at once; forward passes take ``batch.micro_batch_size`` windows at most, as in training.
 
         Args:
             tokens: int64 [B, S + 1] of each domain, B at least 2, the same on every rank. The windows of a domain are

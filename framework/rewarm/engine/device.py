@@ -44,8 +44,15 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def forget_peak_memory() -> None:
+    """Let :func:`peak_memory` count from now on; nothing on a CPU, where the kernel's figure is for good."""
+    if is_gpu():
+        torch.cuda.reset_peak_memory_stats()
+
+
 def peak_memory() -> int:
-    """Most bytes held so far: allocated on this rank's GPU, or resident in this process on a CPU."""
+    """Most bytes held so far: allocated on this rank's GPU since :func:`forget_peak_memory`, or resident in this
+    process on a CPU."""
     if is_gpu():
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

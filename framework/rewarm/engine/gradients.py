@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rewarm.engine import device, ranks
 from rewarm.engine.base import Batch, GradientStatistics
+from rewarm.errors import ensure
 
 _BLOCK = 1 << 22
 """Elements that are made float64 at a time."""
@@ -41,7 +42,7 @@ def gradient_statistics(
     squares = torch.zeros(len(tokens), dtype=torch.float64, device=device.local_device())
     passes = [np.array_split(windows, max(2, len(windows) // chunk_size)) for windows in tokens]
     for domain, chunks in enumerate(passes):
-        assert len(tokens[domain]) >= 2, "one window has no variance"
+        ensure(len(tokens[domain]) >= 2, "one window has no variance")
         mean: Tensor | None = None
         for chunk in chunks:
             found = gradient(slice_of(chunk, domain, micro_batch_size, share, num_shares, stages))
@@ -49,7 +50,7 @@ def gradient_statistics(
             part = len(chunk) / len(tokens[domain])
             mean = found.mul_(part) if mean is None else mean.add_(found, alpha=part)
         assert mean is not None
-        means.append(mean)
+        means.append(mean.cpu())  # a device has no room for one more of them each domain
     total = ranks.sum_over_ranks(torch.cat([_products(means), squares[None]])).cpu().numpy()
     products, counts = total[:-1], np.array([len(windows) for windows in tokens])
     # E sum n_j |g_j - mean|^2 = (passes - 1) * trace, for passes of n_j windows.
@@ -80,9 +81,11 @@ def slice_of(
 
 
 def _products(vectors: Sequence[Tensor]) -> Tensor:
-    """Inner products of K fp32 [n] in float64 [K, K], without a float64 copy of the whole of any."""
-    found = torch.zeros(len(vectors), len(vectors), dtype=torch.float64, device=vectors[0].device)
+    """Inner products of K fp32 [n] in float64 [K, K] on this rank's device, without a float64 copy, or one there, of
+    the whole of any."""
+    place = device.local_device()
+    found = torch.zeros(len(vectors), len(vectors), dtype=torch.float64, device=place)
     for parts in zip(*(vector.split(max(1, _BLOCK // len(vectors))) for vector in vectors), strict=True):
-        block = torch.stack(parts).double()
+        block = torch.stack(parts).to(place).double()
         found += block @ block.T
     return found

@@ -24,8 +24,13 @@ from rewarm.resilience.status import read_status, this_attempt
 
 MAX_FRUITLESS = 3
 """Attempts in a row that may end without a newer checkpoint before the job gives up."""
-_SIGNALS = {"Terminated": "SIGTERM", "User defined signal 2": "SIGUSR2", "Interrupt": "SIGINT"}
+_SIGNALS = {
+    "Terminated": "SIGTERM", "Interrupt": "SIGINT", "Hangup": "SIGHUP",
+    "User defined signal 1": "SIGUSR1", "User defined signal 2": "SIGUSR2",
+}  # fmt: skip
 """Endings, in srun's words, that SLURM asked for."""
+_WARNINGS = ("SIGUSR1", "SIGUSR2")
+"""Sent ahead of a time limit: SIGUSR2 by our batch scripts, SIGUSR1 by many others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +108,7 @@ def judge(run: Path, submission: str, exit_status: int) -> Ending:
     first = min(reports, key=lambda report: report["time"]) if reports else None
     status = read_status(run)
     if exit_status == 0 and status is not None and status.attempt == this_attempt() and status.state != "running":
-        return Ending("limit" if status.reason == "SIGUSR2" else status.state, status.reason or status.state)
+        return Ending("limit" if status.reason in _WARNINGS else status.state, status.reason or status.state)
     if first is not None:
         outcome = {"user": "refused", "node": "node"}.get(first["kind"], "crashed")
         bad = tuple(sorted({report["host"] for report in reports if report["kind"] == "node"}))
@@ -114,7 +119,7 @@ def judge(run: Path, submission: str, exit_status: int) -> Ending:
     node, how = failure
     if how in _SIGNALS:
         # Before training began nobody listens yet: the ranks just end, and there is nothing to save.
-        return Ending("limit" if _SIGNALS[how] == "SIGUSR2" else "stopped", _SIGNALS[how])
+        return Ending("limit" if _SIGNALS[how] in _WARNINGS else "stopped", _SIGNALS[how])
     return Ending("crashed", f"the first rank to fail was on {node}: {how}")
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from rewarm.errors import UserError
+
 
 @dataclass(frozen=True, slots=True)
 class JobRequest:
@@ -58,13 +60,46 @@ def job_name(run: Path) -> str:
     return f"rewarm-{run.name}"
 
 
+def check_printable(request: JobRequest, places: Places) -> None:
+    """Refuse what no batch script can hold, whatever the quotes: sbatch reads its options line by line.
+
+    Raises:
+        UserError: naming the value.
+    """
+    named = {
+        "the working directory": places.working_directory, "the run folder": places.run,
+        "the Python interpreter": places.python, "--partition": request.partition, "--account": request.account,
+        "--container": request.container, "--exclude": request.exclude,
+        **{f"--option {index}": option for index, option in enumerate(request.options, 1)},
+        **{f"the path {path}": path for path in places.mounts},
+    }  # fmt: skip
+    for what, value in named.items():
+        if not str(value).isprintable():
+            raise UserError(
+                f"{what.encode('unicode_escape').decode()} holds a line break or another character that cannot be "
+                f"printed: {str(value)!a}",
+                fix="rename it, or submit from another folder",
+            )
+    for sign, why in ((":", "separates the folders of PYTHONPATH"), ("\\", "changes what sbatch's --output means")):
+        if sign in str(places.run):
+            raise UserError(f"the run folder {places.run} holds {sign!r}, which {why}", fix="set another runs_folder")
+    for path in places.mounts:
+        if {":", ","} & set(str(path)):
+            raise UserError(f"{path} holds ':' or ',', which separate what a container sees", fix="rename it")
+
+
 def batch_script(request: JobRequest, places: Places) -> str:
-    """The whole script."""
+    """The whole script.
+
+    Raises:
+        UserError: as :func:`check_printable`.
+    """
+    check_printable(request, places)
     code = places.submission / "code"
     config = places.submission / "config.yaml"
     trust = " deepspeed.trust_remote_code=true" if places.trusts_code else ""
     lines = ["#!/bin/bash", f"# {places.run.name}: written by rewarm submit; runs again as it is with sbatch."]
-    lines += [f"#SBATCH --{option}" for option in _options(request, places)]
+    lines += [f"#SBATCH --{_sbatch_quoted(option)}" for option in _options(request, places)]
     lines += [
         "",
         f"run={shlex.quote(str(places.run))}",
@@ -108,6 +143,14 @@ def _options(request: JobRequest, places: Places) -> list[str]:
     if request.again == "chain":
         options.append("dependency=singleton")
     return options + list(request.options)
+
+
+def _sbatch_quoted(option: str) -> str:
+    """An option for a ``#SBATCH`` line, where a backslash escapes inside either kind of quotes, unlike in a shell."""
+    if not set(" \"'\\#") & set(option):
+        return option
+    escaped = option.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
 
 
 def _escaped(path: Path) -> str:

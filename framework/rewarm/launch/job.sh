@@ -10,7 +10,7 @@
 ask() { "${python[@]}" -m rewarm.launch.attempt "$@" --run "$run" --submission "$submission"; }
 
 # Signals reach the ranks by themselves: those save and stop. This script stays to see how they end.
-trap : TERM INT USR1 USR2
+trap : TERM INT HUP USR1 USR2
 
 answer=$(ask begin) || exit 1
 eval "$answer"
@@ -19,7 +19,7 @@ if [ "$next" = run ]; then
     # Since 22.05 srun no longer takes this from the job.
     export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
     # A copy of srun's own messages: they say which task failed first, and how.
-    "${launch[@]}" "${train[@]}" 2> >(trap '' TERM INT USR1 USR2; exec tee "$REWARM_ERROR_FOLDER/srun" >&2) &
+    "${launch[@]}" "${train[@]}" 2> >(trap '' TERM INT HUP USR1 USR2; exec tee "$REWARM_ERROR_FOLDER/srun" >&2) &
     ranks=$!
     wait $ranks
     status=$?

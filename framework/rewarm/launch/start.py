@@ -8,7 +8,9 @@ from pathlib import Path
 
 from rewarm.config.run import RunConfig
 from rewarm.engine.environment import check_not_batch_script, export_slurm_rendezvous, find_ranks
+from rewarm.engine.threads import LoadWatch
 from rewarm.launch.local import ERROR_FOLDER, launch_local
+from rewarm.launch.terminal import keep_going_without_terminal
 
 
 def start(config: RunConfig, arguments: list[str]) -> None:
@@ -20,6 +22,8 @@ def start(config: RunConfig, arguments: list[str]) -> None:
         config: the stage.
         arguments: the command line that starts a rank of it, after ``rewarm``.
     """
+    watch = LoadWatch()
+    keep_going_without_terminal()
     check_not_batch_script()
     ranks = find_ranks()
     if ranks.launcher == "slurm":
@@ -30,7 +34,7 @@ def start(config: RunConfig, arguments: list[str]) -> None:
         return
     num_ranks = local_rank_count(config)
     if num_ranks == 1:
-        _train(config)
+        _train(config, watch)
         return
     from rewarm.engine.build import prepare_engine
     from rewarm.train.folder import check_start, missing_folders, prepare_folder, remove_empty
@@ -42,7 +46,8 @@ def start(config: RunConfig, arguments: list[str]) -> None:
     made, logs = missing_folders(config.folder), config.folder / "logs"
     prepare_folder(config.folder)
     before = set(logs.iterdir())
-    status = launch_local(arguments, num_ranks, logs)
+    stop_seconds = 60.0 * config.distributed.stop_timeout
+    status = launch_local(arguments, num_ranks, logs, watch.busy(), stop_seconds)
     if status:
         # Of ranks that were refused, or that had nothing to say.
         for path in set(logs.glob("rank-*.out")) - before:
@@ -50,6 +55,20 @@ def start(config: RunConfig, arguments: list[str]) -> None:
                 path.unlink()
         remove_empty(made)
     sys.exit(status)
+
+
+def dry_run(config: RunConfig) -> list[str]:
+    """What :func:`start` would do, in lines; nothing is written and no rank is started. Empty on other ranks than 0.
+
+    Raises:
+        UserError: for what training would refuse.
+    """
+    from rewarm.train.dry_run import dry_run as describe
+
+    ranks = find_ranks()
+    if ranks.rank:
+        return []
+    return describe(config, local_rank_count(config) if ranks.launcher == "single" else ranks.world_size)
 
 
 def local_rank_count(config: RunConfig) -> int:
@@ -77,7 +96,7 @@ def _split_output(logs: Path, rank: int) -> None:
         os.dup2(file.fileno(), 2)
 
 
-def _train(config: RunConfig) -> None:
+def _train(config: RunConfig, watch: LoadWatch | None = None) -> None:
     from rewarm.train.session import run_session
 
-    run_session(config)
+    run_session(config, watch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 from dataclasses import replace
@@ -14,9 +15,10 @@ from rewarm.config.run import RunConfig
 from rewarm.engine.layout import check_layout
 from rewarm.errors import UserError
 from rewarm.files import write_whole
-from rewarm.launch.batch_script import JobRequest, Places, batch_script, is_apptainer, job_name
+from rewarm.launch.batch_script import JobRequest, Places, batch_script, check_printable, is_apptainer, job_name
 from rewarm.launch.records import CODE, CONFIG, SCRIPT, all_jobs, new_submission, write_jobs
 from rewarm.launch.slurm import Partition, choose_partition, find_jobs, parse_time, run_slurm
+from rewarm.mixing.mixers.build import with_targets
 from rewarm.model.architecture import Architecture
 from rewarm.model.description import ModelDescription
 from rewarm.planner.cluster import Cluster
@@ -39,6 +41,7 @@ def check_submission(config: RunConfig, request: JobRequest, cluster: Cluster | 
     Raises:
         UserError: for the first thing that cannot work.
     """
+    check_printable(request, _places(config, request, config.folder.resolve()))
     partition = choose_partition(request.partition)
     messages = check_request(request, partition)
     if request.container is not None:
@@ -46,7 +49,9 @@ def check_submission(config: RunConfig, request: JobRequest, cluster: Cluster | 
     from rewarm.train.folder import check_same_stage, prepare_folder
     from rewarm.train.stage import resolve_stage
 
+    config = config.model_copy(update={"mixture": with_targets(config.mixture, list(config.data))})
     stage = resolve_stage(config, request.num_ranks)
+    config = stage.config
     if cluster is not None:
         messages += check_cluster(config, stage.architecture, request, cluster)
     folder = config.folder
@@ -161,19 +166,23 @@ def write_submission(config: RunConfig, request: JobRequest) -> Path:
     container = request.container
     if container is not None and Path(container).exists():
         request = replace(request, container=str(Path(container).resolve()))
-    places = Places(
-        run=config.folder.resolve(),
-        submission=folder,
-        working_directory=Path.cwd(),
-        # Not resolved: the link is what makes it the interpreter of a virtual environment.
-        python=Path(sys.executable),
-        mounts=_mounts(config) if container else (),
-        trusts_code=config.deepspeed.trust_remote_code,
-    )
+    places = _places(config, request, folder)
     script = folder / SCRIPT
     script.write_text(batch_script(request, places))
     script.chmod(0o755)
     return folder
+
+
+def _places(config: RunConfig, request: JobRequest, submission: Path) -> Places:
+    return Places(
+        run=config.folder.resolve(),
+        submission=submission,
+        working_directory=Path.cwd(),
+        # Not resolved: the link is what makes it the interpreter of a virtual environment.
+        python=Path(sys.executable),
+        mounts=_mounts(config) if request.container else (),
+        trusts_code=config.deepspeed.trust_remote_code,
+    )
 
 
 def _mounts(config: RunConfig) -> tuple[Path, ...]:
@@ -231,8 +240,8 @@ def follow_up(config: RunConfig, request: JobRequest, submission: Path, ids: lis
         f"queued   {jobs} ({job_name(run)}), {shape}",
         f"         {ends}",
         f"script   {os.path.relpath(submission / SCRIPT)}",
-        f"status   rewarm status {run}",
-        f"follow   rewarm logs {run} --follow",
-        f"stop     rewarm cancel {run}      (saves first)",
+        f"status   {shlex.join(['rewarm', 'status', str(run)])}",
+        f"follow   {shlex.join(['rewarm', 'logs', str(run), '--follow'])}",
+        f"stop     {shlex.join(['rewarm', 'cancel', str(run)])}      (saves first)",
     ]
     return "\n".join(lines)

@@ -6,6 +6,7 @@ calls :meth:`MixtureController.commit` and schedules the weights. The weight log
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +17,10 @@ from rewarm.config.mixture import MixtureConfig, PhaseConfig
 from rewarm.errors import UserError
 from rewarm.mixing.mixers.base import Mixer, Observation
 from rewarm.mixing.mixture import blend
-from rewarm.mixing.objective import objective_weights
+from rewarm.mixing.objective import is_estimable, objective_weights
 from rewarm.mixing.repetition import cap_weights
 from rewarm.mixing.sampler import Sampler
-from rewarm.mixing.weight_log import WeightEntry, WeightLog
+from rewarm.mixing.weight_log import WeightEntry, WeightLog, decided_at
 from rewarm.mixing.weights import TOTAL, align
 
 Gradients = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -106,8 +107,9 @@ class MixtureController:
         the others.
 
         A loss that is not finite leaves the weights as they are, and the log says so; the training since the last
-        update is then part of the next one. An entry that the log holds for
-        the same sample, from before an interruption, is followed whatever would be computed now.
+        update is then part of the next one. What the log holds of this evaluation, from before an interruption, is
+        followed whatever would be computed now. A planned change at the same sample is another entry: a decision is
+        written after it, and so holds.
 
         Args:
             step: steps trained so far.
@@ -118,24 +120,27 @@ class MixtureController:
             gradients: where the mixer reads them.
         """
         assert self.is_active, "no evaluation changes these weights"
-        names = self.mixer.names
+        names, begun = self.mixer.names, set(self._begun)
         bad = [name for name in names if not np.isfinite(losses[name])]
         if bad:
-            shares, reason = None, f"step {step}: weights kept, the evaluation gave {losses[bad[0]]} for {bad[0]}"
+            shares, reason = None, f"weights kept, the evaluation gave {losses[bad[0]]} for {bad[0]}"
         elif gradients is not None and not all(np.isfinite(part).all() for part in gradients):
-            shares, reason = None, f"step {step}: weights kept, a gradient is not finite"
+            shares, reason = None, "weights kept, a gradient is not finite"
         else:
             shares, reason = self._decide(step, losses, gradients)
             if not self.mixer.steers_objective:
                 shares, reason = self._capped(shares, reason, at_sample, sampler)
             self._loss_sums[:], self._counts[:] = 0.0, 0
-        logged = log.at(at_sample)
-        entry = logged if logged is not None else self._entry(at_sample, shares, reason, sampler)
+        logged = log.at(at_sample, step)
+        entry = logged if logged is not None else self._entry(step, at_sample, shares, reason, sampler)
+        self._begun = sorted(begun | self._begun_by(entry, losses))
         self._adopt(entry, sampler)
         self.last_step = step
         return Change(entry, self.state_dict(), logged is not None)
 
-    def _entry(self, at_sample: int, shares: np.ndarray | None, reason: str, sampler: Sampler) -> WeightEntry:
+    def _entry(
+        self, step: int, at_sample: int, shares: np.ndarray | None, reason: str, sampler: Sampler
+    ) -> WeightEntry:
         """The line for the log; shares None means that what is in force stays."""
         new = dict(zip(self.mixer.names, (self.mixer.weights if shares is None else shares).tolist(), strict=True))
         objective = new if self.mixer.steers_objective else self._objective
@@ -144,7 +149,12 @@ class MixtureController:
         else:
             blended = blend(new, self._replayed, self._replay_fraction)[1]
             weights = dict(zip(sampler.names, blended.tolist(), strict=True))
-        return WeightEntry(at_sample, weights, reason, objective_weights(objective, weights) if objective else None)
+        reason = decided_at(step) + reason
+        if not objective:
+            return WeightEntry(at_sample, weights, reason)
+        if not is_estimable(objective, weights):
+            reason += "; no domain with a weight in the objective is sampled, so every window counts once"
+        return WeightEntry(at_sample, weights, reason, objective_weights(objective, weights))
 
     def commit(self, change: Change, log: WeightLog | None) -> WeightEntry:
         """Take over a change on every rank.
@@ -195,7 +205,7 @@ class MixtureController:
         self, step: int, losses: Mapping[str, float], gradients: Gradients | None
     ) -> tuple[np.ndarray | None, str]:
         if self._phases:
-            return self._phase(step, losses)
+            return self._phase(losses)
         with np.errstate(invalid="ignore", divide="ignore"):
             training = self._loss_sums / self._counts
         held_out = np.array([losses[name] for name in self.mixer.names], dtype=np.float64)
@@ -212,28 +222,42 @@ class MixtureController:
             )
         )
         note = f" ({self.mixer.note})" if self.mixer.note else ""
-        return shares, f"step {step}: {self.mixer.name}{note}"
+        return shares, f"{self.mixer.name}{note}"
 
-    def _phase(self, step: int, losses: Mapping[str, float]) -> tuple[np.ndarray | None, str]:
+    def _phase(self, losses: Mapping[str, float]) -> tuple[np.ndarray | None, str]:
         """The last phase that begins now, if any; a phase begins once."""
         begins = [n for n, phase in self._phases.items() if n not in self._begun and _reached(phase, losses)]
         if not begins:
-            return None, f"step {step}: no phase begins"
-        self._begun = sorted({*self._begun, *begins})
+            return None, "no phase begins"
         weights = self._phases[begins[-1]].weights
         shares = np.array([weights[name] for name in self.mixer.names], dtype=np.float64)
-        return shares / shares.sum(), f"step {step}: phase {begins[-1]}, losses reached"
+        return shares / shares.sum(), "; ".join(f"phase {number}, losses reached" for number in begins)
+
+    def _begun_by(self, entry: WeightEntry, losses: Mapping[str, float]) -> set[int]:
+        """The phases that an entry says begin: what was logged before an interruption counts, not what the losses of
+        another layout, which differ in their last digits, would say now."""
+        begun = {int(number) for number in re.findall(r"phase (\d+), losses reached", entry.reason)}
+        # Earlier versions logged only the last of several phases that began together.
+        last = max(begun, default=-1)
+        return begun | {n for n, phase in self._phases.items() if n < last and _reached(phase, losses)}
 
     def _capped(
         self, shares: np.ndarray | None, reason: str, at_sample: int, sampler: Sampler
     ) -> tuple[np.ndarray | None, str]:
-        """Lower the shares that would exceed a domain's ``max_epochs`` in what is left of the stage."""
-        left = self._total_samples - at_sample
-        if shares is None or left <= 0:
+        """Lower the shares that would exceed a domain's ``max_epochs`` in what is left of the stage, or, where a
+        planned change follows, up to it: what is planned from there on is kept free."""
+        until = min((at for at, _ in sampler.pending if at > at_sample), default=self._total_samples)
+        length = until - at_sample
+        if shares is None or length <= 0:
             return shares, reason
-        taken = sampler.projected(at_sample)
-        limits = [float("inf") if d.limit is None else max(0.0, d.limit - taken[d.name]) for d in sampler.domains]
-        caps = np.array(limits[: len(shares)]) / left / (1 - self._replay_fraction)
+        taken, reserved = sampler.projected(at_sample), sampler.projected(self._total_samples)
+        for name, amount in sampler.projected(until).items():
+            reserved[name] -= amount
+        limits = [
+            float("inf") if d.limit is None else max(0.0, d.limit - taken[d.name] - reserved[d.name])
+            for d in sampler.domains
+        ]
+        caps = np.array(limits[: len(shares)]) / length / (1 - self._replay_fraction)
         try:
             capped = cap_weights(shares, caps)
         except UserError as error:

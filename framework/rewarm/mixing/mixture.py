@@ -124,18 +124,42 @@ def planned_entry(
     sampled = dict(zip(names, weights.tolist(), strict=True))
     if mixture.objective is None:
         return WeightEntry(sample, sampled, reason)
-    for name, weight in mixture.objective.items():
+    check_objective(mixture.objective, sampled, reason)
+    return WeightEntry(sample, sampled, reason, objective_weights(mixture.objective, sampled))
+
+
+def check_phases_by_loss(mixture: MixtureConfig, replayed: Mapping[str, float], replay_fraction: float) -> None:
+    """Refuse a phase that waits for a loss and would take the samples of a domain that the objective wants.
+
+    Raises:
+        UserError: as :func:`planned_entry` for a phase whose begin is known.
+    """
+    for number, phase in enumerate(mixture.phases):
+        if mixture.objective is None or phase.loss_below is None:
+            continue
+        names, weights = blend(phase.weights, replayed, replay_fraction)
+        check_objective(mixture.objective, dict(zip(names, weights.tolist(), strict=True)), f"phase {number}")
+
+
+def check_objective(objective: Mapping[str, float], sampled: Mapping[str, int], reason: str) -> None:
+    """Refuse an objective that names what is no domain, or wants what is not sampled.
+
+    Args:
+        objective: ``mixture.objective``.
+        sampled: integer weights of all domains.
+        reason: which blend that is, for the message.
+    """
+    for name, weight in objective.items():
         if name not in sampled:
             raise UserError(
                 f"mixture.objective names {name!r}, which is neither a new nor a replayed domain of the stage",
-                fix=f"name some of {', '.join(names)}",
+                fix=f"name some of {', '.join(sampled)}",
             )
         if weight > 0 and sampled[name] == 0:
             raise UserError(
                 f"mixture.objective gives {name!r} the weight {weight}, but nothing is sampled from it ({reason})",
                 fix=f"give {name!r} a weight above 0 there, or leave it out of the objective",
             )
-    return WeightEntry(sample, sampled, reason, objective_weights(mixture.objective, sampled))
 
 
 def _begin(phase: PhaseConfig, number: int, clock: Clock) -> int:

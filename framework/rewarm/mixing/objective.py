@@ -21,21 +21,29 @@ def objective_weights(objective: Mapping[str, float], weights: Mapping[str, int]
 
     The domains that ``objective`` names divide among themselves what they are sampled at together; every other domain,
     as a replayed one, keeps its own share, so that its windows count once. What is named but not sampled cannot be
-    estimated from samples: its part goes to the other named domains.
+    estimated from samples: its part goes to the other named domains. If no domain is left that is sampled and has a
+    weight, because a cap on passes or a phase took them all, nothing of the objective can be estimated: every window
+    counts once (see :func:`is_estimable`).
 
     Args:
-        objective: weight of some domains, any scale, one that is sampled above 0.
+        objective: weight of some domains, any scale.
         weights: integers summing to 2^32, of all domains.
 
     Returns:
         Integers summing to 2^32, of all domains in the order of ``weights``.
     """
+    if not is_estimable(objective, weights):
+        return dict(weights)
     wanted = {name: weight for name, weight in objective.items() if weights[name] > 0}
     budget, total = sum(weights[name] for name in wanted), sum(wanted.values())
-    assert total > 0, "no domain of the objective is sampled"
     shares = {name: 0.0 if name in objective else float(weight) for name, weight in weights.items()}
     shares |= {name: budget * weight / total for name, weight in wanted.items()}
     return dict(zip(weights, quantise(list(shares.values())).tolist(), strict=True))
+
+
+def is_estimable(objective: Mapping[str, float], weights: Mapping[str, int]) -> bool:
+    """Whether any domain with a weight in the objective is sampled."""
+    return any(weight > 0 and weights[name] > 0 for name, weight in objective.items())
 
 
 class Objective:

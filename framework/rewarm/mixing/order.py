@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from rewarm.mixing.permutation import KeyedPermutation, order_key, round_keys
+from rewarm.mixing.permutation import MAX_SIZE, KeyedPermutation, order_key, round_keys
 from rewarm.mixing.weights import TOTAL
+
+_CHUNK = 2**20
+"""Windows that are permuted at once where they are only counted."""
 
 
 def pick(weights: np.ndarray, credits: np.ndarray, n: int) -> np.ndarray:
@@ -43,24 +47,108 @@ def pick(weights: np.ndarray, credits: np.ndarray, n: int) -> np.ndarray:
     return picks
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A stretch of the order that a seed gives a domain, counted in windows over all epochs."""
+
+    seed: int
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+class DomainOrder:
+    """The windows of one domain in the order they are drawn.
+
+    Args:
+        size: windows of the domain, positive.
+        fingerprint: of its content.
+        seed: of the run; each epoch is permuted by its own key.
+        parts: stretches to draw one after the other, and again from the first when all were drawn; empty for all of
+            the seed's own order, epoch after epoch.
+    """
+
+    def __init__(self, size: int, fingerprint: str, seed: int, parts: Sequence[Part] = ()) -> None:
+        self.size, self.fingerprint, self.parts = size, fingerprint, tuple(parts)
+        self._seed, self._length = seed, sum(map(len, parts))
+        self._key: tuple[int, int] | None = None
+        self._permutation: KeyedPermutation | None = None
+
+    def windows(self, cursor: int, n: int) -> np.ndarray:
+        """Windows ``cursor`` to ``cursor + n``, int64 [n]."""
+        windows = np.empty(n, dtype=np.int64)
+        done = 0
+        while done < n:
+            seed, place, left = self._place(cursor + done)
+            epoch, offset = divmod(place, self.size)
+            count = min(n - done, left, self.size - offset)
+            positions = np.arange(offset, offset + count, dtype=np.int64)
+            windows[done : done + count] = self._permuted(seed, epoch)(positions)
+            done += count
+        return windows
+
+    def counts(self, cursor: int, n: int) -> np.ndarray:
+        """How often each window is among ``cursor`` to ``cursor + n``, int32 [size]; whole epochs are not walked."""
+        counts = np.zeros(self.size, dtype=np.int32)
+        done = 0
+        while done < n:
+            _, place, left = self._place(cursor + done)
+            offset, stretch = place % self.size, min(n - done, left)
+            if offset == 0 and stretch >= self.size:
+                counts += stretch // self.size
+                done += stretch // self.size * self.size
+                continue
+            # Inside an epoch no window comes twice.
+            stretch = min(stretch, self.size - offset, _CHUNK)
+            counts[self.windows(cursor + done, stretch)] += 1
+            done += stretch
+        return counts
+
+    def _place(self, cursor: int) -> tuple[int, int, int]:
+        """Seed and place in its order where a cursor stands, and how many windows follow in that stretch."""
+        if not self.parts:
+            return self._seed, cursor, MAX_SIZE
+        cursor %= self._length
+        for part in self.parts:
+            if cursor < len(part):
+                return part.seed, part.start + cursor, len(part) - cursor
+            cursor -= len(part)
+        raise AssertionError("a cursor below the length is in a part")
+
+    def _permuted(self, seed: int, epoch: int) -> KeyedPermutation:
+        if self._permutation is None or self._key != (seed, epoch):
+            self._key = seed, epoch
+            self._permutation = KeyedPermutation(self.size, order_key(seed, self.fingerprint, epoch))
+        return self._permutation
+
+
 class WindowOrder:
-    """The windows of every domain in the order they are drawn: epoch after epoch, each permuted by its own key.
+    """Draws the windows of several domains.
 
     Args:
         sizes: windows of each domain, all positive.
         fingerprints: content of each domain.
         seed: seed of the run.
         library: the native library (:func:`rewarm.mixing.native.sampler_library`), or None for numpy.
+        parts: of each domain, see :class:`DomainOrder`; None where no domain has any.
     """
 
     def __init__(
-        self, sizes: Sequence[int], fingerprints: Sequence[str], seed: int, *, library: ctypes.CDLL | None = None
+        self,
+        sizes: Sequence[int],
+        fingerprints: Sequence[str],
+        seed: int,
+        *,
+        library: ctypes.CDLL | None = None,
+        parts: Sequence[Sequence[Part]] | None = None,
     ) -> None:
+        parts = parts or [()] * len(sizes)
+        self._orders = [DomainOrder(*each[:2], seed, each[2]) for each in zip(sizes, fingerprints, parts, strict=True)]
         self._sizes = np.array(sizes, dtype=np.int64)
-        self._fingerprints = list(fingerprints)
         self._seed = seed
         self._library = library
-        self._permutations: dict[int, tuple[int, KeyedPermutation]] = {}
         self._key_epochs = np.full(len(self._sizes), -1, dtype=np.int64)
         self._keys = np.zeros((len(self._sizes), 8), dtype=np.uint64)
 
@@ -72,41 +160,24 @@ class WindowOrder:
         Args:
             weights: int64 [K] summing to 2^32.
             credits: int64 [K], changed in place.
-            cursors: int64 [K], samples drawn so far from each domain; changed in place.
+            cursors: int64 [K], place of each domain in its order; changed in place.
 
         Returns:
             Domains and windows, each int64 [n].
         """
+        before = cursors.copy()
         if self._library is not None:
-            return self._draw_native(self._library, weights, credits, cursors, n)
-        domains = pick(weights, credits, n)
-        windows = np.empty(n, dtype=np.int64)
-        for domain in np.unique(domains):
+            domains, windows = self._draw_native(self._library, weights, credits, cursors, n)
+            fill = [index for index, order in enumerate(self._orders) if order.parts]
+        else:
+            domains = pick(weights, credits, n)
+            windows = np.empty(n, dtype=np.int64)
+            cursors += np.bincount(domains, minlength=len(cursors))
+            fill = list(range(len(self._orders)))
+        for domain in fill:
             places = np.flatnonzero(domains == domain)
-            windows[places] = self.windows(int(domain), int(cursors[domain]), len(places))
-            cursors[domain] += len(places)
+            windows[places] = self._orders[domain].windows(int(before[domain]), len(places))
         return domains, windows
-
-    def windows(self, domain: int, cursor: int, n: int) -> np.ndarray:
-        """Windows ``cursor`` to ``cursor + n`` of one domain's order, int64 [n]."""
-        size = int(self._sizes[domain])
-        windows = np.empty(n, dtype=np.int64)
-        done = 0
-        while done < n:
-            epoch, offset = divmod(cursor + done, size)
-            count = min(n - done, size - offset)
-            positions = np.arange(offset, offset + count, dtype=np.int64)
-            windows[done : done + count] = self._permutation(domain, epoch)(positions)
-            done += count
-        return windows
-
-    def _permutation(self, domain: int, epoch: int) -> KeyedPermutation:
-        cached = self._permutations.get(domain)
-        if cached is None or cached[0] != epoch:
-            key = order_key(self._seed, self._fingerprints[domain], epoch)
-            cached = epoch, KeyedPermutation(int(self._sizes[domain]), key)
-            self._permutations[domain] = cached
-        return cached[1]
 
     def _draw_native(
         self, library: ctypes.CDLL, weights: np.ndarray, credits: np.ndarray, cursors: np.ndarray, n: int
@@ -127,4 +198,4 @@ class WindowOrder:
 
     def _renew_key(self, domain: int, epoch: int) -> None:
         self._key_epochs[domain] = epoch
-        self._keys[domain] = round_keys(order_key(self._seed, self._fingerprints[domain], epoch))
+        self._keys[domain] = round_keys(order_key(self._seed, self._orders[domain].fingerprint, epoch))

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from rewarm.errors import UserError
+from rewarm.errors import UserError, ensure
 from rewarm.mixing.draws import Draw
 from rewarm.mixing.native import sampler_library
-from rewarm.mixing.order import WindowOrder
+from rewarm.mixing.order import Part, WindowOrder
 from rewarm.mixing.permutation import MAX_SIZE, ORDER_VERSION
 from rewarm.mixing.weights import TOTAL, align
 
@@ -34,11 +34,25 @@ class SampledDomain:
     """Most passes over it in this run; None means no limit."""
     start: int = 0
     """Windows of its order that the lineage drew before this run, which goes on after them."""
+    parts: tuple[Part, ...] = ()
+    """Stretches of orders that are drawn one after the other, and again from the first, instead of the order of the
+    run's seed; ``start`` is then a place in them."""
+    once: bool = False
+    """True if each window of the parts may be drawn only once."""
 
     @property
     def limit(self) -> int | None:
-        """Most windows that may be drawn, or None."""
+        """Most windows that may be drawn in this run, or None."""
+        if self.once:
+            return sum(map(len, self.parts)) - self.start
         return None if self.max_epochs is None else math.floor(round(self.max_epochs * self.num_windows, 6))
+
+
+def sampled_domain(entry: Mapping[str, Any]) -> SampledDomain:
+    """A domain from its entry in :meth:`Sampler.state_dict`, without its ``max_epochs``."""
+    parts = tuple(Part(*part) for part in entry.get("parts", []))
+    name, size, content, start = (entry[key] for key in ("name", "num_windows", "fingerprint", "start"))
+    return SampledDomain(name, size, content, start=start, parts=parts, once=entry.get("once", False))
 
 
 class Sampler:
@@ -75,7 +89,8 @@ class Sampler:
         self._starts = np.array([domain.start for domain in domains], dtype=np.int64)
         sizes, fingerprints = [d.num_windows for d in domains], [d.fingerprint for d in domains]
         library = sampler_library() if native else None
-        self._order = WindowOrder(sizes, fingerprints, seed, library=library)
+        parts = [domain.parts for domain in domains]
+        self._order = WindowOrder(sizes, fingerprints, seed, library=library, parts=parts)
 
     @property
     def weights(self) -> np.ndarray:
@@ -93,12 +108,12 @@ class Sampler:
         return self._cursors.copy()
 
     def epochs(self) -> dict[str, float]:
-        """Passes made over each domain so far."""
+        """Passes made over each domain so far, in this run."""
         return {d.name: int(c) / d.num_windows for d, c in zip(self.domains, self._cursors, strict=True)}
 
     def fingerprint(self) -> str:
         """Hash of what decides the order apart from the weights: algorithm version, seed, domains' content and size."""
-        content = [[domain.fingerprint, domain.num_windows, domain.start] for domain in self.domains]
+        content = [[d.fingerprint, d.num_windows, d.start, *_parts_dict(d).values()] for d in self.domains]
         text = json.dumps([ORDER_VERSION, self.seed, content])
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -167,10 +182,9 @@ class Sampler:
             # Each weight is rounded by at most one unit, which adds at most one unit per sample.
             if domain.limit is not None and amount > domain.limit * TOTAL + total_samples:
                 raise UserError(
-                    f"domain {domain.name!r} has {domain.num_windows} windows and max_epochs={domain.max_epochs}, but "
-                    f"{total_samples} samples would take {amount / TOTAL:.0f} of it "
-                    f"({amount / TOTAL / domain.num_windows:.3g} passes)",
-                    fix="raise its max_epochs, lower its weight, or shorten the stage",
+                    f"domain {domain.name!r} has {_allowed(domain)}, but {total_samples} samples would take "
+                    f"{amount / TOTAL:.0f} of it ({amount / TOTAL / domain.num_windows:.3g} passes)",
+                    fix=_WIDEN if domain.once else "raise its max_epochs, lower its weight, or shorten the stage",
                 )
         return {d.name: amount / TOTAL / d.num_windows for d, amount in zip(self.domains, owed, strict=True)}
 
@@ -193,6 +207,7 @@ class Sampler:
                     "num_windows": domain.num_windows,
                     "fingerprint": domain.fingerprint,
                     "start": domain.start,
+                    **_parts_dict(domain),
                     "cursor": int(self._cursors[index]),
                     "credit": int(self._credits[index]),
                 }
@@ -253,10 +268,26 @@ class Sampler:
         for domain, cursor in zip(self.domains, cursors, strict=True):
             if domain.limit is not None and cursor > domain.limit + 1:
                 raise UserError(
-                    f"domain {domain.name!r} is used up: max_epochs={domain.max_epochs} of its {domain.num_windows} "
-                    f"windows allow {domain.limit} samples, and the next batch needs sample {int(cursor)}",
-                    fix="raise its max_epochs, lower its weight, or shorten the stage",
+                    f"domain {domain.name!r} is used up: it has {_allowed(domain)}, which allow {domain.limit} "
+                    f"samples, and the next batch needs sample {int(cursor)}",
+                    fix=_WIDEN if domain.once else "raise its max_epochs, lower its weight, or shorten the stage",
                 )
+
+
+_WIDEN = "lower replay.fraction, shorten the stage, or set replay.windows=all"
+
+
+def _allowed(domain: SampledDomain) -> str:
+    if domain.once:
+        return f"{domain.limit} windows that the lineage has not trained on"
+    return f"{domain.num_windows} windows and max_epochs={domain.max_epochs}"
+
+
+def _parts_dict(domain: SampledDomain) -> dict[str, Any]:
+    """The parts as plain JSON values; nothing where there are none, which is how older states are written."""
+    if not domain.parts:
+        return {}
+    return {"parts": [[part.seed, part.start, part.stop] for part in domain.parts], "once": domain.once}
 
 
 def _check_domains(domains: Sequence[SampledDomain]) -> None:
@@ -281,8 +312,8 @@ def _check_domains(domains: Sequence[SampledDomain]) -> None:
 
 def _checked(weights: np.ndarray, count: int) -> np.ndarray:
     weights = np.array(weights, dtype=np.int64)
-    assert weights.shape == (count,), f"{weights.shape} weights for {count} domains"
-    assert weights.min() >= 0 and int(weights.sum()) == TOTAL, f"weights sum to {int(weights.sum())}, not 2^32"
+    ensure(weights.shape == (count,), f"{weights.shape} weights for {count} domains")
+    ensure(weights.min() >= 0 and int(weights.sum()) == TOTAL, f"weights sum to {int(weights.sum())}, not 2^32")
     return weights
 
 
@@ -306,13 +337,22 @@ def _stored_domains(
     if unknown:
         raise UserError(f"{unknown[0]!r} is to be renamed, but the checkpoint has no such domain")
     for domain in sampler.domains:
-        for key in ("fingerprint", "num_windows", "start") if domain.name in stored else ():
-            if stored[domain.name][key] != getattr(domain, key):
+        if domain.name not in stored:
+            continue
+        entry = stored[domain.name]
+        for key in ("fingerprint", "num_windows", "start"):
+            if entry[key] != getattr(domain, key):
                 raise UserError(
-                    f"domain {domain.name!r} changed: its {key} was {stored[domain.name][key]} when the checkpoint was "
-                    f"written and is {getattr(domain, key)} now",
+                    f"domain {domain.name!r} changed: its {key} was {entry[key]} when the checkpoint was written and "
+                    f"is {getattr(domain, key)} now",
                     fix="restore its files and the sequence length, or give the changed data another name",
                 )
+        if {key: entry[key] for key in ("parts", "once") if key in entry} != _parts_dict(domain):
+            raise UserError(
+                f"the windows of domain {domain.name!r} that are replayed are others than when the checkpoint was "
+                "written",
+                fix="restore replay.windows and lineage.json as they were",
+            )
     if set(stored) == set(sampler.names) and list(stored) != sampler.names:
         raise UserError(
             f"the domains are listed as {sampler.names}, the checkpoint has them as {list(stored)}",

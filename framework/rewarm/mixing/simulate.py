@@ -42,7 +42,8 @@ def simulate(
         weights: start weights by domain, any scale; under :data:`BY_SIZE` the domains' tokens.
         table: one line per update.
         initial: losses before training (velocitune); None takes the first line.
-        targets: losses to reach (velocitune, dynamic_batch_loading), or the reference model's (doremi).
+        targets: losses to reach (velocitune, dynamic_batch_loading), or the reference model's (doremi). Like
+            ``initial`` they may hold domains of the table that have no weight, as old ones that are only evaluated.
         settings: the mixer's own, by name.
 
     Returns:
@@ -53,6 +54,11 @@ def simulate(
     """
     names = list(weights)
     check_weights(list(weights.values()), names)
+    evaluated = {domain for line in table for domain in line.losses}
+    initial, targets = (
+        None if given is None else {n: loss for n, loss in given.items() if n in names or n not in evaluated}
+        for given in (initial, targets)
+    )
     mixer = _make(
         name, names, np.array(list(weights.values()), dtype=np.float64), initial, targets, dict(settings or {})
     )

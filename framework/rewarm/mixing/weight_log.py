@@ -48,6 +48,11 @@ class WeightEntry:
         return cls(int(value["sample"]), weights, str(value["reason"]), objective)
 
 
+def decided_at(step: int) -> str:
+    """How the reason of an entry begins that an evaluation decided. What was planned has other reasons."""
+    return f"step {step}: "
+
+
 class WeightLog:
     """Append-only record of the weights of a run.
 
@@ -71,9 +76,17 @@ class WeightLog:
         """All entries, in the order they were written."""
         return list(self._entries)
 
-    def at(self, sample: int) -> WeightEntry | None:
-        """The entry that takes effect at exactly this sample index (the last one written), or None."""
-        return next((entry for entry in reversed(self._entries) if entry.sample == sample), None)
+    def at(self, sample: int, step: int | None = None) -> WeightEntry | None:
+        """The entry that takes effect at exactly this sample index (the last one written), or None.
+
+        Args:
+            sample: global sample index.
+            step: only what the evaluation after this many steps decided, see :func:`decided_at`; a planned change may
+                take effect at the same sample.
+        """
+        begins = "" if step is None else decided_at(step)
+        held = (entry for entry in reversed(self._entries) if entry.sample == sample)
+        return next((entry for entry in held if entry.reason.startswith(begins)), None)
 
     def effective(self, sample: int) -> WeightEntry | None:
         """The entry in effect for this sample index (of those at one index the last written), or None before all."""

@@ -2,47 +2,81 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
+from rewarm.data.model_folder import TOKENIZER_FILES, list_files, read_json
+from rewarm.data.tokenizer import tokenizer_fingerprint
 from rewarm.errors import UserError
 
-TOKENIZER_PATTERNS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "spiece.model",
-    "chat_template*",
-    "additional_chat_templates",
-)
-"""What a tokenizer consists of in a Hugging Face folder."""
-_BESIDE = ("generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+_BESIDE = ("generation_config.json", "LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
+_BESIDE_LIMIT = 8 * 2**20
+_OF_THE_CLASS = ("model_type", "model_name", "tokenizer_class")
+"""Keys of config.json by which ``AutoTokenizer`` chooses a class."""
 
 
-def carry_files(source: str | Path, target: str | Path) -> list[str]:
+def carry_files(
+    source: str | Path, target: str | Path, *, kind: Literal["all", "tokenizer", "model"] = "all"
+) -> list[str]:
     """Copy tokenizer, generation, chat template and licence files from one Hugging Face folder to another.
 
     Args:
         source: where the model or the tokenizer came from.
         target: an existing folder; files of the same name are replaced.
+        kind: ``tokenizer`` for the tokenizer's files alone, ``model`` for the others: generation config and licence.
 
     Returns:
         Names of what was copied, sorted.
+
+    Raises:
+        UserError: if one of them is a link out of the folder, a pipe, a device or too large.
     """
-    source, target = Path(source), Path(target)
-    found = sorted({path for pattern in TOKENIZER_PATTERNS + _BESIDE for path in source.glob(pattern)})
-    for path in found:
-        if path.is_dir():
-            shutil.copytree(path, target / path.name, dirs_exist_ok=True)
-        else:
-            shutil.copyfile(path, target / path.name)
-    return [path.name for path in found]
+    target = Path(target)
+    found = list_carried(source, kind=kind)
+    for name, path in found.items():
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target / name)
+    return sorted({name.partition("/")[0] for name in found})
+
+
+def list_carried(source: str | Path, *, kind: Literal["all", "tokenizer", "model"] = "all") -> dict[str, Path]:
+    """What :func:`carry_files` copies: name -> path without links.
+
+    Raises:
+        UserError: as :func:`carry_files`.
+    """
+    found = list_files(source, TOKENIZER_FILES) if kind != "model" else {}
+    return found | (list_files(source, _BESIDE, _BESIDE_LIMIT) if kind != "tokenizer" else {})
+
+
+def carry_tokenizer(source: Path, target: Path) -> None:
+    """Copy a tokenizer so that it makes the same ids where it now lies.
+
+    ``AutoTokenizer`` looks into the config.json beside a tokenizer for its class, so that much of it goes along.
+
+    Args:
+        source: the tokenizer's folder.
+        target: an existing folder.
+
+    Raises:
+        UserError: as :func:`carry_files`, and if the copy makes other ids.
+    """
+    carry_files(source, target, kind="tokenizer")
+    config = read_json(source, "config.json") or {}
+    kept = {key: config[key] for key in _OF_THE_CLASS if config.get(key) is not None}
+    if kept:
+        (target / "config.json").write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+    if tokenizer_fingerprint(target) != tokenizer_fingerprint(source):
+        raise UserError(
+            f"the tokenizer {source} makes other ids once its files are copied to another folder",
+            fix="save it whole: AutoTokenizer.from_pretrained(folder).save_pretrained(other), and name that folder",
+        )
 
 
 def is_export(folder: str | Path) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rewarm.data.tokenizer import load_with_transformers
+from rewarm.data.backend import load_with_transformers
 from rewarm.errors import UserError
 
 

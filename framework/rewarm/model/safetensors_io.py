@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
-from rewarm.errors import UserError
+from rewarm.errors import UserError, ensure
 
 if TYPE_CHECKING:
     import torch
@@ -166,8 +166,11 @@ class TensorWriter:
         """
         import torch
 
-        assert name not in self._written, f"{name} is written twice"
-        assert tuple(tensor.shape) == self._shapes[name], (name, tuple(tensor.shape), self._shapes[name])
+        ensure(name not in self._written, f"{name} is written twice")
+        ensure(
+            tuple(tensor.shape) == self._shapes[name],
+            f"{name}: shape {tuple(tensor.shape)} written for {self._shapes[name]}",
+        )
         self._written.add(name)
         file, start = self._place[name]
         data = tensor.detach().to(device="cpu", dtype=self._dtype).contiguous().reshape(-1)
@@ -178,7 +181,7 @@ class TensorWriter:
     def close(self) -> None:
         """Check that every tensor was written, and force the files to the disk."""
         missing = [name for name in self._shapes if name not in self._written]
-        assert not missing, f"never written: {missing[:3]}"
+        ensure(not missing, f"never written: {missing[:3]}")
         for file in sorted({file for file, _ in self._place.values()}):
             with (self.folder / file).open("r+b") as stream:
                 _sync(stream)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rewarm.data.tokenizer import load_with_transformers
+from rewarm.data.tokenizer import open_backend
 from rewarm.errors import UserError
 from rewarm.model.description import ModelDescription
 
@@ -17,21 +17,9 @@ def required_rows(tokenizer: str | Path) -> int:
     """
     folder = Path(tokenizer)
     try:
-        if (folder / "tokenizer.json").is_file():
-            from tokenizers import Tokenizer
-
-            vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab(with_added_tokens=True)
-        else:
-            vocabulary = load_with_transformers(folder).get_vocab()
-    except UserError:
-        raise
-    except Exception as error:
-        # tokenizers raises bare Exception for a damaged file, transformers a dozen kinds for a missing one
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UserError(
-            f"no tokenizer can be loaded from {folder}: {reason}",
-            fix="give the folder of a Hugging Face tokenizer; tokenizer.json lies in it",
-        ) from error
+        vocabulary = open_backend(folder).get_vocab(with_added_tokens=True)
+    except UserError as error:
+        raise UserError(f"no tokenizer can be loaded from {folder}: {error.message}", fix=error.fix) from error
     if not vocabulary:
         raise UserError(f"the tokenizer in {folder} has no tokens", fix="give the folder of a trained tokenizer")
     return max(vocabulary.values()) + 1

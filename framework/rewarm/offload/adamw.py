@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from rewarm import native
+from rewarm.errors import ensure
 from rewarm.offload.routes import QUANTIZED_BLOCK
 
 _TYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -111,13 +112,13 @@ def update(
     """
     _check(master, (master, moment1, moment2), grad, out)
     out_type = _NONE if out is None else _TYPES[out.dtype]
-    assert out_type != _TYPES[torch.float32], "the fp32 master is its own fp32 parameter"
+    ensure(out_type != _TYPES[torch.float32], "the fp32 master is its own fp32 parameter")
     head = (_count(master), *_pointers(master, moment1, moment2, grad), _TYPES[grad.dtype])
     target = None if out is None else ctypes.c_void_p(out.data_ptr())
     if master.is_cuda:
         _cuda("rewarm_cuda_adamw", master, *head, target, out_type, ctypes.byref(step))
     elif (library := _library()) is not None:
-        assert library.rewarm_adamw(*head, target, out_type, ctypes.byref(step), threads, -1) == 0
+        _succeeded(library.rewarm_adamw(*head, target, out_type, ctypes.byref(step), threads, -1))
     else:
         _update_with_torch(step, master, moment1, moment2, grad, out)
 
@@ -147,7 +148,7 @@ def update_split(
     if high.is_cuda:
         _cuda("rewarm_cuda_adamw_split", high, *head, ctypes.byref(step))
     elif (library := _library()) is not None:
-        assert library.rewarm_adamw_split(*head, ctypes.byref(step), threads, -1) == 0
+        _succeeded(library.rewarm_adamw_split(*head, ctypes.byref(step), threads, -1))
     else:
         master = torch.empty_like(moment1)
         join(high, low, moment2, master)
@@ -225,9 +226,8 @@ def update_8bit(
     """
     _check(master, (master,), grad, out)
     arrays = moments.arrays()
-    assert all(x.device == master.device and x.is_contiguous() for x in arrays)
-    assert all(x.dtype == torch.uint8 and x.numel() == master.numel() for x in arrays[:2])
-    assert all(x.dtype == torch.float32 and x.numel() == -(-master.numel() // QUANTIZED_BLOCK) for x in arrays[2:])
+    _alike(torch.uint8, master.numel(), master.device, *arrays[:2])
+    _alike(torch.float32, -(-master.numel() // QUANTIZED_BLOCK), master.device, *arrays[2:])
     out_type = _NONE if out is None else _TYPES[out.dtype]
     target = None if out is None else ctypes.c_void_p(out.data_ptr())
     pointers = _count(master), *_pointers(master, *arrays, grad)
@@ -235,7 +235,7 @@ def update_8bit(
     if master.is_cuda:
         _cuda("rewarm_cuda_adamw_8bit", master, *head)
     else:
-        assert _library_for(_FEATURE).rewarm_adamw_8bit(*head, threads, -1) == 0
+        _succeeded(_library_for(_FEATURE).rewarm_adamw_8bit(*head, threads, -1))
 
 
 def split(master: torch.Tensor, high: torch.Tensor, low: torch.Tensor, moment2: torch.Tensor) -> None:
@@ -284,8 +284,7 @@ def join(high: torch.Tensor, low: torch.Tensor, moment2: torch.Tensor, master: t
 
 def cast(source: torch.Tensor, target: torch.Tensor, *, threads: int = 0) -> None:
     """Convert between fp32, bf16 and fp16 of the same length on the same device, to nearest."""
-    assert source.numel() == target.numel() and source.device == target.device
-    assert source.is_contiguous() and target.is_contiguous()
+    _alike(None, source.numel(), source.device, source, target)
     arguments = (
         _count(source),
         *_pointers(source),
@@ -296,7 +295,7 @@ def cast(source: torch.Tensor, target: torch.Tensor, *, threads: int = 0) -> Non
     if source.is_cuda:
         _cuda("rewarm_cuda_cast", source, *arguments)
     elif (library := _library()) is not None:
-        assert library.rewarm_cast(*arguments, threads) == 0
+        _succeeded(library.rewarm_cast(*arguments, threads))
     else:
         target.copy_(source)
 
@@ -314,7 +313,8 @@ def cast_stochastic(source: torch.Tensor, target: torch.Tensor, *, seed: int, fi
     Raises:
         RuntimeError: without the compiled library, which no torch function stands in for.
     """
-    assert source.dtype == torch.float32 and target.dtype == torch.bfloat16 and source.numel() == target.numel()
+    _alike(torch.float32, target.numel(), target.device, source)
+    _alike(torch.bfloat16, source.numel(), source.device, target)
     arguments = (_count(source), *_pointers(source, target), ctypes.c_uint64(seed), ctypes.c_uint64(first))
     if source.is_cuda:
         _cuda("rewarm_cuda_cast_stochastic", source, *arguments)
@@ -327,7 +327,7 @@ def sum_squares(values: torch.Tensor, *, threads: int = 0) -> float:
 
     Independent of the thread count; not finite exactly when an element is not, so it is the overflow check as well.
     """
-    assert not values.is_cuda and values.is_contiguous()
+    _alike(None, values.numel(), torch.device("cpu"), values)
     library = _library()
     if library is None:
         return float(values.double().square().sum())
@@ -338,15 +338,26 @@ def sum_squares(values: torch.Tensor, *, threads: int = 0) -> float:
 def _check(
     first: torch.Tensor, state: tuple[torch.Tensor, ...], grad: torch.Tensor | None, out: torch.Tensor | None
 ) -> None:
-    for tensor in state:
-        assert tensor.dtype == torch.float32, tensor.dtype
-    for tensor in (*state, *(extra for extra in (grad, out) if extra is not None)):
-        assert tensor.numel() == first.numel() and tensor.device == first.device and tensor.is_contiguous()
+    _alike(torch.float32, first.numel(), first.device, *state)
+    _alike(None, first.numel(), first.device, *(extra for extra in (grad, out) if extra is not None))
 
 
 def _check_split(high: torch.Tensor, low: torch.Tensor) -> None:
-    assert high.dtype == torch.bfloat16 and low.dtype == torch.int16 and high.numel() == low.numel()
-    assert high.is_contiguous() and low.is_contiguous()
+    _alike(torch.bfloat16, high.numel(), high.device, high)
+    _alike(torch.int16, high.numel(), high.device, low)
+
+
+def _alike(dtype: torch.dtype | None, numel: int, place: torch.device, *tensors: torch.Tensor) -> None:
+    """Kernels are given addresses: a tensor that is not what they take would be read and written beyond its end."""
+    for tensor in tensors:
+        right = dtype in (None, tensor.dtype) and tensor.numel() == numel and tensor.device == place
+        if not (right and tensor.is_contiguous()):
+            found = f"{tensor.dtype} [{tensor.numel()}] on {tensor.device}"
+            raise AssertionError(f"{found} where {dtype} [{numel}] on {place}, contiguous, is meant")
+
+
+def _succeeded(status: int) -> None:
+    ensure(status == 0, f"a compiled kernel refuses its arguments (status {status})")
 
 
 def _count(tensor: torch.Tensor) -> ctypes.c_int64:

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from rewarm.errors import UserError
+from rewarm.errors import UserError, ensure
 from rewarm.offload.simulate import fair_speeds
 
 Direction = Literal["h2d", "d2h"]
@@ -52,8 +52,11 @@ class Device(Protocol):
 
 def check_copy(target: torch.Tensor, source: torch.Tensor) -> None:
     """Copies never convert: the wire type is what both ends hold."""
-    assert target.dtype == source.dtype, f"a copy of {source.dtype} into {target.dtype} would convert"
-    assert target.numel() == source.numel() and target.is_contiguous() and source.is_contiguous()
+    ensure(target.dtype == source.dtype, f"a copy of {source.dtype} into {target.dtype} would convert")
+    ensure(
+        target.numel() == source.numel() and target.is_contiguous() and source.is_contiguous(),
+        "a copy between different lengths, or of what is not contiguous",
+    )
 
 
 class CudaDevice:
@@ -75,7 +78,7 @@ class CudaDevice:
         """Copy on the lane's stream and wait for it; the host side must be locked."""
         check_copy(target, source)
         host = source if direction == "h2d" else target
-        assert host.is_pinned(), "the host side of a copy is not locked, so it would be staged and serialised"
+        ensure(host.is_pinned(), "the host side of a copy is not locked, so it would be staged and serialised")
         target.copy_(source, non_blocking=True)
         self.settle()
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from rewarm.errors import ensure
 from rewarm.offload import adamw
 from rewarm.offload.device import Device
 from rewarm.offload.pieces import Pieces
@@ -140,8 +141,8 @@ class Executor:
             number: the step, from 1.
             groups: settings of each parameter group of the layout.
         """
-        assert self.step is None, "the step before has not been finished"
-        assert self.failure is None, "a lane failed in an earlier step: the state is not whole any more"
+        ensure(self.step is None, "the step before has not been finished")
+        ensure(self.failure is None, "a lane failed in an earlier step: the state is not whole any more")
         count = len(self.tasks)
         step = _Step(number, groups, [threading.Event() for _ in range(count)], [0.0] * count, [0.0] * count)
         self.step, self._began = step, time.perf_counter()
@@ -152,7 +153,7 @@ class Executor:
 
     def use_gradients(self, gradients: Pieces) -> None:
         """Read other tensors from the next step on."""
-        assert self.step is None, "the step before has not been finished"
+        ensure(self.step is None, "the step before has not been finished")
         self.gradients = self._gradients = gradients
 
     def gradient_ready(self, subgroup: int, marks: Sequence[Any] | None = None) -> None:
@@ -173,7 +174,7 @@ class Executor:
                 ready, and the factor must be 1.
         """
         step = self._running()
-        assert self.job.clip or grad_scale == 1.0, "without clipping the update does not wait for a factor"
+        ensure(self.job.clip or grad_scale == 1.0, "without clipping the update does not wait for a factor")
         if self.job.clip:
             self._prepare(step, grad_scale)
         step.released = True
@@ -185,7 +186,7 @@ class Executor:
         What has happened until then leaves no trace: state was copied into slots, gradients to the host.
         """
         step = self._running()
-        assert self.job.clip and not step.released, "updates may have been made already"
+        ensure(self.job.clip and not step.released, "updates may have been made already")
         step.abandoned = True
         for i, task in enumerate(self.tasks):
             if task.kind in _EXTERNAL:

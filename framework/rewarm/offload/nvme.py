@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from rewarm import native
-from rewarm.errors import NodeFault, UserError
+from rewarm.errors import NodeFault, UserError, ensure
 
 log = logging.getLogger(__name__)
 
@@ -123,8 +123,11 @@ class Store:
 
     def _transfer(self, blob: int, buffer: torch.Tensor, write: bool) -> None:
         pieces = self._pieces[blob]
-        assert buffer.dtype == torch.uint8 and buffer.numel() == sum(pieces)
-        assert buffer.data_ptr() % mmap.PAGESIZE == 0, "direct I/O needs a page-aligned buffer"
+        ensure(
+            buffer.dtype == torch.uint8 and buffer.numel() == sum(pieces),
+            "a buffer of another size than what is read or written",
+        )
+        ensure(buffer.data_ptr() % mmap.PAGESIZE == 0, "direct I/O needs a page-aligned buffer")
         try:
             with self._locks[write]:
                 assert self._queues, "the store is closed"

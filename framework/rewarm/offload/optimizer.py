@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rewarm.errors import ensure
 from rewarm.offload.device import Device
 from rewarm.offload.execute import Executor, GroupStep
 from rewarm.offload.pieces import Pieces, cut_layout
@@ -124,7 +125,7 @@ class OffloadedAdamW:
         """
         kind = self._means.gradient_type
         for gradient in gradients:
-            assert gradient.dtype == kind, f"gradients are {gradient.dtype}, not {kind} as announced"
+            ensure(gradient.dtype == kind, f"gradients are {gradient.dtype}, not {kind} as announced")
         self.settle()
         if self._executor is None:
             self._executor = self._start(Pieces(self.layout, gradients))

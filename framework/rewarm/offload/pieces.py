@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from rewarm.errors import ensure
 from rewarm.offload.slabs import Layout
 
 
@@ -65,11 +66,11 @@ class Pieces:
             tensors: a flat tensor per shard; or one tensor [layout.numel] that is laid out like the state itself.
         """
         if isinstance(tensors, torch.Tensor):
-            assert tensors.numel() == layout.numel
+            ensure(tensors.numel() == layout.numel, "a flat tensor of another length than the layout")
             tensors = [layout.view(tensors, i) for i in range(len(layout.shards))]
         for tensor, shard in zip(tensors, layout.shards, strict=True):
-            assert tensor.dim() == 1 and tensor.numel() == shard.numel and tensor.is_contiguous(), shard.name
-            assert tensor.dtype == tensors[0].dtype, f"{shard.name} is {tensor.dtype}, the others {tensors[0].dtype}"
+            ensure(tensor.dim() == 1 and tensor.numel() == shard.numel and tensor.is_contiguous(), shard.name)
+            ensure(tensor.dtype == tensors[0].dtype, f"{shard.name} is {tensor.dtype}, the others {tensors[0].dtype}")
         self.tensors = list(tensors)
         self.dtype, self.device = tensors[0].dtype, tensors[0].device
         self._pieces = [[_view(cut, tensors[cut.shard]) for cut in cuts] for cuts in cut_layout(layout)]

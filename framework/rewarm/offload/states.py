@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from rewarm.errors import ensure
 from rewarm.offload import adamw
 from rewarm.offload.device import Device
 from rewarm.offload.nvme import Store
@@ -43,7 +44,7 @@ class State:
         """Elements that begin with a block, as codes and scales; None where the moments are fp32."""
         if self.scales1 is None or self.scales2 is None:
             return None
-        assert span.start % QUANTIZED_BLOCK == 0, "a block of 8-bit moments is cut"
+        ensure(span.start % QUANTIZED_BLOCK == 0, "a block of 8-bit moments is cut")
         blocks = slice(span.start // QUANTIZED_BLOCK, -(-span.stop // QUANTIZED_BLOCK))
         return adamw.Moments8bit(self.moment1[span], self.moment2[span], self.scales1[blocks], self.scales2[blocks])
 
@@ -110,9 +111,12 @@ class States:
         Raises:
             UserError: if host memory or an NVMe path does not suffice.
         """
-        assert not placement.split or parameter_type == torch.bfloat16, "only bf16 parameters are half of a master"
-        assert not (placement.split and eight_bit), "8-bit moments have no bit to spare for a split"
-        assert not eight_bit or not any(first % QUANTIZED_BLOCK for first in (layout.subgroup_size, *layout.offsets))
+        ensure(not placement.split or parameter_type == torch.bfloat16, "only bf16 parameters are half of a master")
+        ensure(not (placement.split and eight_bit), "8-bit moments have no bit to spare for a split")
+        ensure(
+            not eight_bit or not any(first % QUANTIZED_BLOCK for first in (layout.subgroup_size, *layout.offsets)),
+            "a subgroup or shard begins inside a block of 8-bit moments",
+        )
         self.eight_bit = eight_bit
         self.layout, self.placement, self.device = layout, placement, device
         self.parameter_type, self.gradient_type = parameter_type, gradient_type

@@ -32,7 +32,7 @@ class RankMemory:
     activations: int
     """What the backward passes of the micro-batches in flight will read."""
     output: int
-    """The final norm, the logits of one micro-batch, their log-probabilities and their gradient."""
+    """The final norm, and the logits of one micro-batch with what the loss keeps beside them."""
 
     @property
     def total(self) -> int:
@@ -144,8 +144,9 @@ def _output_bytes(config: RunConfig, a: Architecture, layout: Layout) -> int:
     """Bytes per token that the last stage keeps beside its layers."""
     size, t = BYTES[config.precision], layout.tensor
     shared = t if config.parallel.sequence else 1
-    # Across tensor ranks Megatron-Core's loss keeps the shifted logits beside the softmax.
-    per_column = (4 if size == 4 else 8) if t == 1 else 4 + size
+    # One rank's logits become their gradient in place. Across tensor ranks Megatron-Core's loss keeps the shifted
+    # logits beside the softmax.
+    per_column = size if t == 1 else 4 + size
     columns = a.padded_vocab_size(config.megatron.vocab_divisor, t) // t
     return 2 * size * a.hidden_size // shared + per_column * columns
 

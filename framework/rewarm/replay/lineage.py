@@ -36,13 +36,32 @@ class ConsumedDomain:
     held_out_fraction: float = 0.01
     """Share of a bare token file that was held out, which decides what its training split is."""
     order: str = ""
-    """Identity of the order its windows came in, see :func:`order_identity`."""
+    """Identity of the order its windows came in, see :func:`order_identity`; empty in lineages that do not say."""
+    replayed: bool = False
+    """True if these windows were among those that earlier stages had trained on, fed back; they came in the order in
+    which the earlier stages had drawn them, and no order goes on after them."""
+    held_out_loss: float | None = None
+    """Nats per token at the stage's last evaluation; None where nobody wrote it down."""
+    measured_on: str = ""
+    """Identity of the windows of that loss, see :func:`measure_identity`."""
 
 
 def order_identity(fingerprint: str, num_windows: int, seed: int) -> str:
     """Two stages draw a domain's windows in the same order exactly if its content, its window length and their seeds
     are equal."""
     return f"{fingerprint}/{num_windows}/{seed}"
+
+
+def measure_identity(held_out_fingerprint: str, sequence_length: int, num_windows: int) -> str:
+    """Two held-out losses are of the same windows exactly if the content, the length and the number of those are
+    equal."""
+    return f"{held_out_fingerprint}/{sequence_length}/{num_windows}"
+
+
+def split_order(order: str) -> tuple[int, int]:
+    """Number of windows and seed of what :func:`order_identity` gave."""
+    _, num_windows, seed = order.rsplit("/", 2)
+    return int(num_windows), int(seed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +124,34 @@ class Lineage:
 
     def drawn(self, order: str) -> int:
         """Windows that the stages drew of one order: where a stage that draws of it goes on, so that none is trained
-        on a second time before all have been once."""
-        return sum(domain.windows for stage in self.stages for domain in stage.domains if domain.order == order)
+        on a second time before all have been once. What was fed back is not counted again."""
+        domains = [domain for stage in self.stages for domain in stage.domains]
+        return sum(domain.windows for domain in domains if domain.order == order and not domain.replayed)
+
+    def loss_when_learned(self, fingerprint: str, measured_on: str, at_the_end: float) -> float | None:
+        """The lowest held-out loss that a domain had at the end of a stage that trained on it: what forgetting is
+        counted from (Chaudhry et al. 2018, arXiv:1801.10112).
+
+        Args:
+            fingerprint: of the domain's content.
+            measured_on: identity of the windows; a loss of other windows is no loss to compare with.
+            at_the_end: loss on these windows at the end of the newest stage.
+
+        Returns:
+            Nats per token; None if no stage trained on it, or an earlier one did and its loss is not known.
+        """
+        found = []
+        for stage in self.stages:
+            for domain in stage.domains:
+                if domain.fingerprint != fingerprint or domain.windows == 0:
+                    continue
+                if stage is self.stages[-1]:
+                    found.append(at_the_end)
+                if domain.held_out_loss is not None and domain.measured_on == measured_on:
+                    found.append(domain.held_out_loss)
+                elif stage is not self.stages[-1]:
+                    return None
+        return min(found, default=None)
 
     def save(self, folder: str | Path) -> None:
         """Write ``lineage.json`` into a run folder; a reader sees the old file or the new one, never a torn one."""
@@ -157,8 +202,15 @@ def _stage(entry: Mapping[str, Any]) -> Stage:
     return stage
 
 
-_TEXTS = {"name", "kind", "path", "id", "fingerprint", "tokenizer_fingerprint", "order"}
-_COUNTS = {"tokens", "windows"}
+_KINDS: dict[Any, tuple[type, ...]] = {
+    "str": (str,),
+    "str | None": (str, type(None)),
+    "int": (int,),
+    "bool": (bool,),
+    "float": (int, float),
+    "float | None": (int, float, type(None)),
+}
+"""What JSON may hold for a field, by the field's annotation."""
 
 
 def _check_types(part: Stage | ConsumedDomain) -> None:
@@ -168,16 +220,9 @@ def _check_types(part: Stage | ConsumedDomain) -> None:
         ValueError: naming the field.
     """
     for field in fields(part):
-        value = getattr(part, field.name)
-        if field.name in _TEXTS:
-            fits = isinstance(value, str)
-        elif field.name in _COUNTS:
-            fits = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-        elif field.name in ("final_learning_rate", "held_out_fraction"):
-            fits = value is None or (isinstance(value, int | float) and not isinstance(value, bool))
-        elif field.name == "held_out":
-            fits = value is None or isinstance(value, str)
-        else:
-            fits = field.name == "domains"
-        if not fits:
+        value, kinds = getattr(part, field.name), _KINDS.get(field.type)
+        is_count = field.type == "int"
+        if kinds is None:
+            continue
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds) or (is_count and value < 0):
             raise ValueError(f"{field.name}={value!r} of {part.name!r}")

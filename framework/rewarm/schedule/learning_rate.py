@@ -67,6 +67,11 @@ class LearningRate:
 
     def __init__(self, config: ScheduleConfig, total_tokens: int, tokens_per_step: int) -> None:
         assert 0 < tokens_per_step <= total_tokens, (tokens_per_step, total_tokens)
+        if config.start == "parent":
+            raise UserError(
+                "schedule.start=parent is not resolved here: the parent's lineage says which rate it is",
+                fix="write the rate itself",
+            )
         self._tokens_per_step = tokens_per_step
         self._total_tokens = total_tokens
         self.phases: tuple[Phase, ...] = _phases(config, total_tokens, tokens_per_step)
@@ -117,7 +122,7 @@ def _phases(config: ScheduleConfig, total_tokens: int, tokens_per_step: int) -> 
     _check_fit(config, lengths, total_tokens, tokens_per_step)
 
     warm, anneal = lengths["warmup"], total_tokens - lengths.get("decay", 0)
-    phases = [Phase("warmup", 0, warm, config.start, config.peak)]
+    phases = [Phase("warmup", 0, warm, float(config.start), config.peak)]
     if config.kind == "constant":
         phases.append(Phase("constant", warm, total_tokens, config.peak, config.peak))
     elif config.kind in ("cosine", "linear"):

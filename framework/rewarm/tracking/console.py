@@ -7,7 +7,7 @@ characters. Evaluations are rows of one table that grows with the run.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rich.console import Console as RichConsole
 from rich.console import Group
@@ -15,9 +15,13 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
+from rewarm.mixing.weight_log import WeightEntry
+from rewarm.mixing.weights import TOTAL
 from rewarm.tracking.metrics import EvaluationLine, MetricsLine
 
 ROWS_PER_HEADER = 25
+MOST_SHARES = 12
+"""Domains whose weights a line shows."""
 
 
 class Console:
@@ -131,6 +135,23 @@ class Console:
         if loss is None or first is None or line["step"] == self._first_evaluation["step"]:
             return _loss(loss)
         return f"{loss:.4f} ({loss - first:+.4f})"
+
+
+def weights_line(entry: WeightEntry) -> str:
+    """Weights that begin to hold, as a share of the samples, and of the loss where it stands for another mixture."""
+    parts = [_shares(entry.weights)]
+    if entry.objective is not None:
+        parts.append(f"in the loss {_shares(entry.objective)}")
+    return f"weights from sample {entry.sample}: {'; '.join(parts)} ({entry.reason})"
+
+
+def _shares(weights: Mapping[str, int]) -> str:
+    """The largest shares first where there are more than a line holds."""
+    names = list(weights)
+    if len(names) > MOST_SHARES:
+        names = sorted(names, key=lambda name: -weights[name])[:MOST_SHARES]
+    more = f", and {len(weights) - len(names)} more" if len(names) < len(weights) else ""
+    return ", ".join(f"{name} {weights[name] / TOTAL:.4f}" for name in names) + more
 
 
 def short(number: float) -> str:

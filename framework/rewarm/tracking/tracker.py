@@ -55,7 +55,7 @@ class Tracker:
     ) -> None:
         self._is_main = is_main
         self._closed = False
-        self._last_evaluated_step: int | None = None
+        self._last_evaluation: EvaluationLine | None = None
         if not is_main:
             return
         from rewarm.tracking.console import Console
@@ -68,7 +68,7 @@ class Tracker:
         cuts = [(file, file.truncate_after(last)) for file in (self._metrics, self._evaluation)]
         evaluations = read_lines(self._evaluation.path)
         first = cast(EvaluationLine, evaluations[0]) if evaluations else None
-        self._last_evaluated_step = int(evaluations[-1]["step"]) if evaluations else None
+        self._last_evaluation = cast(EvaluationLine, evaluations[-1]) if evaluations else None
         self._console = Console(domain_names, total_steps, first_evaluation=first)
         for file, cut in cuts:
             self._tell_damage(file, cut, last)
@@ -97,7 +97,7 @@ class Tracker:
         if not self._is_main:
             return
         self._evaluation.append(line)
-        self._last_evaluated_step = line["step"]
+        self._last_evaluation = line
         self._console.evaluation(line)
         self._draw(line["step"], evaluation_scalars(line))
 
@@ -105,7 +105,13 @@ class Tracker:
     def last_evaluated_step(self) -> int | None:
         """Step of the newest evaluation line, those from before a resume included; None without one and off the
         main rank."""
-        return self._last_evaluated_step
+        return None if self._last_evaluation is None else self._last_evaluation["step"]
+
+    @property
+    def last_losses(self) -> dict[str, float | None]:
+        """Held-out loss of each domain at the newest evaluation, nats per token; None where it was not finite."""
+        domains = {} if self._last_evaluation is None else self._last_evaluation["domains"]
+        return {name: domain["loss"] for name, domain in domains.items()}
 
     def message(self, text: str) -> None:
         """Print a line for the user."""

@@ -19,8 +19,8 @@ from rewarm.errors import UserError
 from rewarm.files import write_whole
 from rewarm.model.description import for_other_engine
 from rewarm.replay.lineage import Lineage
+from rewarm.train.companions import copy_companions
 from rewarm.train.open import OpenModel, open_model, with_fp32_state
-from rewarm.train.parent import TOKENIZER
 from rewarm.train.state import MODEL, RANDOM
 
 _OF_AN_ENGINE = ("parallel", "megatron", "deepspeed", "distributed", "offload")
@@ -87,6 +87,8 @@ def _settings(model: OpenModel, engine: str, output: Path) -> RunConfig:
     values: dict[str, Any] = read_saved(model.folder)
     for section in (*_OF_AN_ENGINE, "stop_at"):  # where this invocation stopped is no wish for the next
         values.pop(section, None)
+    if read_state(model.checkpoint).get("replay") is None and values.get("replay", {}).get("fraction"):
+        values["replay"].setdefault("windows", "all")  # how the run began, before this was a setting
     place = {"name": output.resolve().name, "runs_folder": str(output.resolve().parent), "engine": engine}
     return build(values | place, source=str(model.folder / "config.yaml"))
 
@@ -111,8 +113,8 @@ def _write_run_files(model: OpenModel, config: RunConfig, output: Path) -> None:
     for name in _KEPT:
         if (model.folder / name).is_file():
             shutil.copyfile(model.folder / name, output / name)
-    if model.tokenizer is not None:
-        shutil.copytree(model.tokenizer, output / TOKENIZER, dirs_exist_ok=True)
+    if model.companions is not None:
+        copy_companions(model.companions, output)
     write_whole(output / FILE_NAME, dump(config))
     converted = {"from": str(model.checkpoint), "engine": model.config.engine}
     write_whole(output / "converted.json", json.dumps(converted, indent=1) + "\n")

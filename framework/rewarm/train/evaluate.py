@@ -28,16 +28,14 @@ def evaluate_run(
     from rewarm.train.tokenizers import check_tokenizers
 
     model = open_model(path, overrides)
-    settings = model.config.evaluation
     if data:
         length = model.config.batch.sequence_length
         domains = [open_domain(name, DomainConfig(path=where), length) for name, where in data.items()]
         check_tokenizers(model.tokenizer, model.architecture, domains)
     else:
         domains = model.stage(find_ranks().world_size).evaluated
-    limit, size, vocab_size = (
-        windows or settings.windows_per_domain, settings.micro_batch_size, model.architecture.vocab_size,
-    )  # fmt: skip
+    limit = windows or model.config.evaluation.windows_per_domain
+    size, vocab_size = model.config.evaluation_micro_batch_size, model.architecture.vocab_size
     engine = model.engine()
     try:
         return [(domain, evaluate_domain(engine, domain, limit, size, vocab_size)) for domain in domains]

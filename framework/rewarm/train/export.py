@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from rewarm.data.tokenizer import tokenizer_fingerprint
 from rewarm.engine.environment import find_ranks
 from rewarm.errors import UserError
 from rewarm.evaluation.held_out import HeldOutLoss, evaluate_domain, held_out_windows, summarise
-from rewarm.model.files import check_free, is_export
+from rewarm.model.files import carry_files, carry_tokenizer, check_free, is_export
+from rewarm.model.generation import GENERATION, lacks_token_ids, with_token_ids, write_generation_config
 from rewarm.replay.lineage import FILE_NAME
+from rewarm.train.companions import check_digests
 from rewarm.train.open import OpenModel
 
 
@@ -27,19 +34,56 @@ def write_export(
     Returns:
         Name and loss of each domain; empty unless asked for.
     """
-    replace = replace or is_export(folder)
-    check_free(folder, replace=replace)
+    overwrite = replace or is_export(folder)
+    check_free(folder, replace=overwrite)
     domains = model.stage(find_ranks().world_size).evaluated if evaluate else []
     settings, vocab_size = model.config.evaluation, model.architecture.vocab_size
-    windows, size = settings.windows_per_domain, settings.micro_batch_size
-    engine = model.engine()
-    try:
-        losses = [(domain.name, evaluate_domain(engine, domain, windows, size, vocab_size)) for domain in domains]
-        lineage = model.checkpoint / FILE_NAME
-        engine.export_huggingface(folder, tokenizer=model.tokenizer, lineage=lineage, dtype=dtype, replace=replace)
-        return losses
-    finally:
-        engine.close()
+    windows, size = settings.windows_per_domain, model.config.evaluation_micro_batch_size
+    with _complete(model) as complete:
+        engine = complete.engine()
+        try:
+            losses = [(domain.name, evaluate_domain(engine, domain, windows, size, vocab_size)) for domain in domains]
+            lineage = model.checkpoint / FILE_NAME
+            engine.export_huggingface(
+                folder, tokenizer=complete.companions, lineage=lineage, dtype=dtype, replace=overwrite
+            )
+        finally:
+            engine.close()
+    if model.tokenizer is not None and find_ranks().rank == 0:
+        _check_tokenizer(model.tokenizer, folder)
+    return losses
+
+
+@contextmanager
+def _complete(model: OpenModel) -> Iterator[OpenModel]:
+    """The model with token ids and a generation config, where it started from random weights.
+
+    Raises:
+        UserError: if what the run keeps for its exports was damaged since.
+    """
+    if model.companions is not None:
+        check_digests(model.companions)
+    if model.companions is None or model.tokenizer is None or not lacks_token_ids(model.architecture):
+        yield model
+        return
+    with tempfile.TemporaryDirectory(prefix="rewarm-export-") as scratch:
+        kept = Path(scratch)
+        carry_tokenizer(model.tokenizer, kept)
+        carry_files(model.companions, kept, kind="model")
+        if not (kept / GENERATION).exists():  # of a run that was started by an older version
+            write_generation_config(kept, [])
+        yield dataclasses.replace(model, architecture=with_token_ids(model.architecture, kept), companions=kept)
+
+
+def _check_tokenizer(tokenizer: Path, folder: Path) -> None:
+    """Refuse a tokenizer that ``AutoTokenizer`` takes for one of another class beside the export's config.json."""
+    if tokenizer_fingerprint(folder) != tokenizer_fingerprint(tokenizer):
+        raise UserError(
+            f"the tokenizer of the export {folder} makes other ids than the run's ({tokenizer}): by the export's "
+            "config.json AutoTokenizer chooses another class",
+            fix='set "tokenizer_class": "PreTrainedTokenizerFast" in its tokenizer_config.json, if its tokenizer.json '
+            "alone makes the right ids",
+        )
 
 
 def check_export(
@@ -68,7 +112,7 @@ def check_export(
         sums = window_losses(
             folder,
             tokens,
-            settings.micro_batch_size,
+            model.config.evaluation_micro_batch_size,
             dtype=model.config.precision,
             trust_remote_code=model.config.deepspeed.trust_remote_code,
         )

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import logging.handlers
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +17,9 @@ from rewarm.config.saved import FILE_NAME, read_saved
 from rewarm.config.yaml_text import parse_yaml
 from rewarm.errors import UserError
 from rewarm.files import sync_folder, write_whole
-from rewarm.model.files import carry_files
 from rewarm.resilience.lock import find_owner, is_earlier_attempt, owned
 from rewarm.resilience.owner import Owner
-from rewarm.train.parent import TOKENIZER
+from rewarm.train.companions import keep_companions
 
 if TYPE_CHECKING:
     from rewarm.train.stage import Stage
@@ -146,6 +144,7 @@ def check_same_stage(config: RunConfig, folder: Path) -> list[str]:
         UserError: if a setting changed that makes another stage.
     """
     before = _flatten(read_saved(folder))
+    before.setdefault("replay.windows", "all" if config.replay.fraction > 0 else "seen")  # of a run before the setting
     now = _flatten(parse_yaml(dump(config)))
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     refused = [key for key in changed if not _is_free(key, config)]
@@ -160,7 +159,7 @@ def check_same_stage(config: RunConfig, folder: Path) -> list[str]:
 
 def _is_free(key: str, config: RunConfig) -> bool:
     # Under weights that follow the losses, when and on what they are measured decides the samples.
-    if config.mixture.is_updated and key.startswith("evaluation."):
+    if config.mixture.is_updated and key.startswith("evaluation.") and key != "evaluation.micro_batch_size":
         return False
     # Files may move; that their content is the same is what the sampler checks.
     if key.startswith("data.") and key.endswith(".path"):
@@ -187,9 +186,6 @@ def write_run_files(config: RunConfig, stage: Stage, *, started: bool) -> None:
     if not started:
         for name in ("metrics.jsonl", "evaluation.jsonl", "mixture.jsonl"):
             (folder / name).unlink(missing_ok=True)
-        if stage.tokenizer is not None and stage.tokenizer.resolve() != (folder / TOKENIZER).resolve():
-            shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
-            (folder / TOKENIZER).mkdir()
-            carry_files(stage.tokenizer, folder / TOKENIZER)
+        keep_companions(folder, stage.tokenizer, stage.origin.parent, stage.trained)
         stage.lineage(None, 0, dict.fromkeys(stage.names, 0)).save(folder)
     write_whole(folder / FILE_NAME, dump(config))

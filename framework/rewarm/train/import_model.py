@@ -11,9 +11,9 @@ from rewarm.checkpoint.distributed import save_checkpoint
 from rewarm.config.load import apply_override, build
 from rewarm.errors import UserError
 from rewarm.model.description import describe
-from rewarm.model.files import carry_files
 from rewarm.replay.lineage import Lineage
-from rewarm.train.parent import TOKENIZER
+from rewarm.train.companions import keep_companions
+from rewarm.train.parent import Parent
 from rewarm.train.state import MODEL
 
 
@@ -46,6 +46,8 @@ def import_model(source: Path, output: Path, precision: str, overrides: Iterable
     for override in overrides:
         apply_override(values, override)
     architecture = describe(source, str(values.get("engine", "megatron")))
+    lineage = Lineage.load(source)
+    parent = Parent(source, architecture, lineage)
     values.setdefault("batch", {}).setdefault("sequence_length", min(256, architecture.max_position_embeddings or 256))
     config = build(values, source=f"import of {source}")
     engine = build_engine(config, architecture, [])
@@ -54,14 +56,13 @@ def import_model(source: Path, output: Path, precision: str, overrides: Iterable
 
         def prepare(folder: Path) -> None:
             (folder / MODEL).mkdir()
-            Lineage.load(source).save(folder)
+            lineage.save(folder)
 
         def write(folder: Path) -> None:
             engine.save(folder / MODEL, optimizer=False)
 
         if engine.is_main:
-            (output / TOKENIZER).mkdir(parents=True, exist_ok=True)
-            carry_files(source, output / TOKENIZER)
+            keep_companions(output, parent.tokenizer, parent, [])
         state = {"architecture": architecture.to_dict(), "precision": precision, "engine": config.engine}
         return save_checkpoint(engine, output / "checkpoints", 0, prepare, write, state, keep=1)
     finally:

@@ -140,11 +140,9 @@ def _evaluate(
     interpolate(place / "first", place / "second", merged, share)
     engine.import_huggingface(merged)
     shutil.rmtree(merged)
-    settings, rows = probe.config.evaluation, probe.architecture.vocab_size
-    return {
-        domain.name: evaluate_domain(engine, domain, settings.windows_per_domain, settings.micro_batch_size, rows).loss
-        for domain in domains
-    }
+    windows, size = probe.config.evaluation.windows_per_domain, probe.config.evaluation_micro_batch_size
+    rows = probe.architecture.vocab_size
+    return {domain.name: evaluate_domain(engine, domain, windows, size, rows).loss for domain in domains}
 
 
 def interpolate(first: Path, second: Path, output: Path, share: float) -> None:

@@ -33,6 +33,8 @@ class OpenModel:
     checkpoint: Path
     architecture: ModelDescription
     tokenizer: Path | None
+    companions: Path | None
+    """Folder with what goes along with an export: tokenizer, generation config, licence."""
 
     def stage(self, num_ranks: int) -> Stage:
         """The resolved stage of the run; an imported model has none."""
@@ -86,7 +88,7 @@ def open_model(path: str | Path, overrides: Iterable[str] = ()) -> OpenModel:
     for override in overrides:
         apply_override(values, override)
     config = build(values, source=str(path))
-    return OpenModel(config, folder, found.checkpoint.resolve(), found.architecture, found.tokenizer)
+    return OpenModel(config, folder, found.checkpoint.resolve(), found.architecture, found.tokenizer, found.companions)
 
 
 def _settings(folder: Path, checkpoint: Path, architecture: ModelDescription) -> dict[str, Any]:

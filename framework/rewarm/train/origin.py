@@ -14,9 +14,11 @@ from rewarm.config.saved import saved_setting
 from rewarm.config.training import WITHOUT_MOMENTS
 from rewarm.errors import UserError
 from rewarm.model.description import ModelDescription
+from rewarm.model.files import list_carried
 from rewarm.replay.lineage import FILE_NAME as LINEAGE
 from rewarm.replay.lineage import Lineage
 from rewarm.resilience.status import read_status
+from rewarm.train.companions import check_digests
 from rewarm.train.parent import Parent, find_parent, from_checkpoint, is_of_a_run
 
 
@@ -32,6 +34,8 @@ class Origin:
     """The ancestors, without the run itself."""
     tokenizer: Path | None
     """Tokenizer of the run itself or of its parent."""
+    checkpoint: Path | None = None
+    """The run's own, from which it goes on; None for a run that starts."""
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Identity of the run, wherever its folder lies: given once, when it starts."""
 
@@ -51,11 +55,15 @@ def find_origin(config: RunConfig) -> Origin:
         itself = own.lineage.stages[-1:]
         if not itself:
             raise UserError(f"{checkpoint / LINEAGE} is damaged: it names no stage", fix="restore it from a copy")
-        return Origin(None, own.architecture, Lineage(own.lineage.stages[:-1]), own.tokenizer, itself[0].identity)
+        ancestors = Lineage(own.lineage.stages[:-1])
+        return Origin(None, own.architecture, ancestors, own.tokenizer, checkpoint, itself[0].identity)
     check_nothing_lost(config.folder)
     if config.parent is None:
         return Origin(None, None, Lineage(), None)
     parent = find_parent(config.parent, config.engine)
+    if parent.companions is not None:
+        check_digests(parent.companions)
+        list_carried(parent.companions)  # refuses links that lead out
     if parent.checkpoint is None and config.optimizer_state == "keep":
         raise UserError(
             f"optimizer_state=keep, but parent={config.parent} is a Hugging Face folder, which has no optimizer state",

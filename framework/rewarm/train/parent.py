@@ -9,6 +9,7 @@ from typing import Any
 from rewarm.checkpoint import store
 from rewarm.checkpoint.distributed import read_state
 from rewarm.config.saved import FILE_NAME as CONFIG
+from rewarm.data.tokenizer import has_tokenizer
 from rewarm.errors import UserError
 from rewarm.model.description import ModelDescription, describe, description_from_dict
 from rewarm.replay.lineage import FILE_NAME as LINEAGE
@@ -39,11 +40,16 @@ class Parent:
             return tokenizer_of(self.folder / TOKENIZER)  # which may hold a licence alone
         return tokenizer_of(self.folder)
 
+    @property
+    def companions(self) -> Path | None:
+        """Where the generation config and the licence that go with its weights lie, or None if it keeps none."""
+        kept = self.folder / TOKENIZER if self.checkpoint is not None else self.folder
+        return kept if kept.is_dir() else None
+
 
 def tokenizer_of(huggingface: Path) -> Path | None:
     """The Hugging Face folder itself if it carries a tokenizer, fast or slow, else None."""
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-    return huggingface if any((huggingface / name).exists() for name in names) else None
+    return huggingface if has_tokenizer(huggingface) else None
 
 
 def run_of(checkpoint: Path) -> Path | None:

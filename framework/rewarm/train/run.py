@@ -43,6 +43,8 @@ class Run:
     tracker: Tracker
     step: int = 0
     tokens: int = 0
+    threads: list[int] = field(default_factory=list)
+    """CPU threads of each rank; a resume on this layout keeps them, since sums in other parts may round otherwise."""
     last_learning_rate: float | None = None
     """Of the last finished step; None before the first."""
     skipped_in_a_row: int = 0

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from rewarm.checkpoint.distributed import find_checkpoint, find_damage
 from rewarm.config.run import RunConfig
 from rewarm.engine.base import Engine
+from rewarm.engine.threads import LoadWatch, set_threads
 from rewarm.errors import UserError
 from rewarm.mixing.mixers.build import with_targets
 from rewarm.mixing.weight_log import WeightEntry, WeightLog
@@ -50,11 +51,12 @@ class Prepared:
     messages: list[str]
 
 
-def run_session(config: RunConfig) -> None:
+def run_session(config: RunConfig, watch: LoadWatch | None = None) -> None:
     """Train a stage to its end, or to a stop, on the ranks of this job.
 
     Args:
         config: the stage.
+        watch: has seen for a while what other programs do on this machine, where this process is the only rank.
 
     Raises:
         UserError: for everything that the user can mend; nothing that was saved before is lost, and a refusal leaves
@@ -65,8 +67,9 @@ def run_session(config: RunConfig) -> None:
 
     ranks = find_ranks()
     check_device()
-    config = config.model_copy(update={"mixture": with_targets(config.mixture)})
+    config = config.model_copy(update={"mixture": with_targets(config.mixture, list(config.data))})
     stage = resolve_stage(config, ranks.world_size)
+    config = stage.config
     if ranks.rank == 0:
         check_start(config)
     folder = RunFolder(config, ranks.rank)
@@ -75,7 +78,7 @@ def run_session(config: RunConfig) -> None:
         lock = RunLock(folder.prepare()) if ranks.rank == 0 else None
         engine = build_engine(config, stage.architecture, stage.names)
         engine.barrier()
-        _train(config, stage, engine, folder, lock)
+        _train(stage, engine, watch, folder, lock)
         engine.close()
     except BaseException as error:
         # The process group is left as it is: leaving it could wait for ranks that are inside a collective.
@@ -89,15 +92,18 @@ def run_session(config: RunConfig) -> None:
             lock.release()
 
 
-def _train(config: RunConfig, stage: Stage, engine: Engine, folder: RunFolder, lock: RunLock | None) -> None:
+def _train(stage: Stage, engine: Engine, watch: LoadWatch | None, folder: RunFolder, lock: RunLock | None) -> None:
     """Everything between joining the other ranks and leaving them."""
+    config = stage.config
     messages = check_nodes(engine, stage.folder)
     prepared = prepare(config, stage, engine)
     folder.accept()
     run = begin(prepared)
     if lock is not None:
         run.check_owner = lock.check
-    for message in messages:
+    busy = None if watch is None else watch.busy()
+    run.threads, threads = set_threads(config, stage.architecture, engine, run.threads or None, busy)
+    for message in [*messages, *([threads] if threads else [])]:
         run.tracker.message(message)
     if engine.is_main:
         write_status(stage.folder, "running", run.step, config.total_steps)
@@ -173,7 +179,7 @@ def begin(prepared: Prepared) -> Run:
         tracker.message(message)
     schedule = LearningRate(config.schedule, config.total_tokens, config.tokens_per_step)
     run = Run(config, stage, engine, prepared.feed, schedule, tracker, position.step, position.tokens)
-    run.last_learning_rate, run.extra_state = position.learning_rate, position.hooks
+    run.last_learning_rate, run.extra_state, run.threads = position.learning_rate, position.hooks, position.threads
     return run
 
 

@@ -11,14 +11,23 @@ from typing import Any
 
 import numpy as np
 
+from rewarm.checkpoint.distributed import read_state
 from rewarm.config.run import RunConfig
+from rewarm.data.boundaries import boundary_notices
 from rewarm.data.conditioning import Conditioning, prefix_tokens
 from rewarm.data.domain import Domain, open_domain
 from rewarm.engine.layout import check_layout
 from rewarm.errors import UserError
 from rewarm.mixing.controller import MixtureController
 from rewarm.mixing.mixers.build import build_mixer
-from rewarm.mixing.mixture import Clock, cooldown_sample, initial_weights, planned_changes, planned_entry
+from rewarm.mixing.mixture import (
+    Clock,
+    check_phases_by_loss,
+    cooldown_sample,
+    initial_weights,
+    planned_changes,
+    planned_entry,
+)
 from rewarm.mixing.objective import Objective
 from rewarm.mixing.sampler import SampledDomain, Sampler
 from rewarm.mixing.weight_log import WeightEntry
@@ -26,11 +35,13 @@ from rewarm.mixing.weights import TOTAL, align, fractions
 from rewarm.model.architecture import Architecture
 from rewarm.model.description import ModelDescription, from_scratch
 from rewarm.model.tokenizer_check import required_rows
-from rewarm.replay.lineage import ConsumedDomain, Lineage, order_identity
+from rewarm.replay.lineage import ConsumedDomain, Lineage, measure_identity, order_identity
 from rewarm.replay.lineage import Stage as LineageStage
+from rewarm.replay.windows import ReplayOrder, replay_order
 from rewarm.schedule.learning_rate import LearningRate
 from rewarm.train.old_domains import OldDomains, open_old_domains
 from rewarm.train.origin import Origin, find_origin
+from rewarm.train.parent_rate import with_parent_rate
 from rewarm.train.reference import reference_losses
 from rewarm.train.tokenizers import check_tokenizers, choose_tokenizer
 
@@ -57,6 +68,10 @@ class Stage:
     before it."""
     messages: list[str] = field(default_factory=list)
     """What the user should know before the first step."""
+    replay_orders: dict[str, ReplayOrder] = field(default_factory=dict)
+    """How the windows of each replayed domain come."""
+    replay_windows: str | None = None
+    """``replay.windows`` as the checkpoints keep it; None for a run that began before there was this setting."""
 
     @property
     def folder(self) -> Path:
@@ -75,16 +90,12 @@ class Stage:
             state: the ``sampler`` part of a checkpoint, or None.
             log_entries: the weight log, which says what comes after the checkpoint.
         """
-        sampled = [
-            SampledDomain(
-                domain.name,
-                len(domain.train),
-                domain.fingerprint,
-                self._max_epochs(domain.name),
-                self.origin.lineage.drawn(self._order(domain)),
-            )
-            for domain in self.trained
-        ]
+        sampled = []
+        for domain in self.trained:
+            order = self._order(domain)
+            limit = self._max_epochs(domain.name)
+            size, content = len(domain.train), domain.fingerprint
+            sampled.append(SampledDomain(domain.name, size, content, limit, order.start, order.parts, order.once))
         sampler = Sampler(sampled, self.config.seed, self.initial_weights)
         if state is not None:
             sampler.load_state_dict(state)
@@ -123,8 +134,11 @@ class Stage:
         tokens = prefix_tokens(settings.prefixes, self.tokenizer, self.config.batch.sequence_length // 2)
         return Conditioning(tokens, cooldown_sample(settings, _clock(self.config)))
 
-    def _order(self, domain: Domain) -> str:
-        return order_identity(domain.fingerprint, len(domain.train), self.config.seed)
+    def _order(self, domain: Domain) -> ReplayOrder:
+        if domain.name in self.replay_orders:
+            return self.replay_orders[domain.name]
+        order = order_identity(domain.fingerprint, len(domain.train), self.config.seed)
+        return ReplayOrder(order, self.origin.lineage.drawn(order))
 
     def controller(self) -> MixtureController:
         """What steers the weights of the new domains after evaluations, as it stands at the first step."""
@@ -150,14 +164,27 @@ class Stage:
     def _max_epochs(self, name: str) -> float | None:
         return self.config.data[name].max_epochs if name in self.config.data else None
 
-    def lineage(self, learning_rate: float | None, tokens: int, cursors: Mapping[str, int]) -> Lineage:
+    def measured_on(self, domain: Domain) -> str:
+        """Identity of the held-out windows that a domain is evaluated on."""
+        num_windows = min(self.config.evaluation.windows_per_domain, len(domain.held_out))
+        return measure_identity(domain.held_out_fingerprint, self.config.batch.sequence_length, num_windows)
+
+    def lineage(
+        self,
+        learning_rate: float | None,
+        tokens: int,
+        cursors: Mapping[str, int],
+        losses: Mapping[str, float | None] | None = None,
+    ) -> Lineage:
         """The lineage that ends with this run.
 
         Args:
             learning_rate: of its last step.
             tokens: trained so far.
             cursors: windows drawn of each trained domain.
+            losses: held-out loss of each domain at the last evaluation, nats per token.
         """
+        losses = losses or {}
         length = self.config.batch.sequence_length
         consumed = tuple(
             ConsumedDomain(
@@ -169,7 +196,10 @@ class Stage:
                 tokens=cursors[domain.name] * length,
                 windows=cursors[domain.name],
                 tokenizer_fingerprint=domain.tokenizer_fingerprint or "",
-                order=self._order(domain),
+                order=self._order(domain).order,
+                replayed=self._order(domain).replayed,
+                held_out_loss=losses.get(domain.name),
+                measured_on=self.measured_on(domain),
             )
             for domain in self.trained
         )
@@ -196,12 +226,16 @@ def resolve_stage(config: RunConfig, num_ranks: int) -> Stage:
     if not config.data:
         raise UserError("data is empty: there is nothing to train on", fix="name at least one domain under data")
     origin = find_origin(config)
+    config = with_parent_rate(config, origin.lineage)
+    config, replay_windows, messages = _replay_as_begun(config, origin)
     length = config.batch.sequence_length
     new = [open_domain(name, domain, length) for name, domain in config.data.items()]
     tokenizer = choose_tokenizer(config, origin, new)
     architecture = origin.architecture or _new_architecture(config, tokenizer, new)
     check_layout(config, architecture, num_ranks)
     old = open_old_domains(config, origin.lineage, new)
+    old.messages.extend(messages)
+    orders = _replay_orders(config, origin.lineage, old)
     tokens = {domain.name: domain.train.num_tokens for domain in new}
     shares = {domain.name: share for domain, share in old.replayed}
     names, weights = initial_weights(config.mixture, config.replay, tokens, shares, total_tokens=config.total_tokens)
@@ -210,14 +244,46 @@ def resolve_stage(config: RunConfig, num_ranks: int) -> Stage:
     trained = new + [domain for domain, _ in old.replayed]
     assert names == [domain.name for domain in trained], (names, trained)
     check_tokenizers(tokenizer, architecture, trained)
+    if tokenizer is not None:
+        old.messages.extend(boundary_notices(new, tokenizer, has_parent=origin.parent is not None))
     evaluated = trained + _watchable(old, tokenizer, architecture)
-    _check_enough_windows(config, trained, weights)
-    stage = Stage(config, origin, architecture, tokenizer, trained, evaluated, weights, planned, list(old.messages))
+    _check_enough_windows(config, trained, weights, orders)
+    if origin.checkpoint is None:  # a run that has begun goes on: what a phase may cost the objective is in its log
+        check_phases_by_loss(config.mixture, shares, config.replay.fraction)
+    stage = Stage(
+        config, origin, architecture, tokenizer, trained, evaluated, weights, planned, list(old.messages),
+        replay_orders=orders, replay_windows=replay_windows,
+    )  # fmt: skip
     # All refuse what could only fail after the ranks have started.
     stage.sampler(None, planned)
     _check_gradients(stage)
     stage.conditioning()
     return stage
+
+
+def _replay_as_begun(config: RunConfig, origin: Origin) -> tuple[RunConfig, str | None, list[str]]:
+    """A run that began before ``replay.windows`` was a setting goes on as it began, with what is now called all.
+
+    Returns:
+        The configuration, what the checkpoints keep of it, and what the user should know.
+    """
+    if origin.checkpoint is None or read_state(origin.checkpoint).get("replay") is not None:
+        return config, config.replay.windows, []
+    if config.replay.fraction == 0:
+        return config, None, []
+    replay = config.replay.model_copy(update={"windows": "all"})
+    message = "this run began before replay.windows was a setting, and goes on as it began, with replay.windows=all"
+    return config.model_copy(update={"replay": replay}), None, [message]
+
+
+def _replay_orders(config: RunConfig, lineage: Lineage, old: OldDomains) -> dict[str, ReplayOrder]:
+    known = {domain.fingerprint: domain for domain in lineage.domains()}
+    return {
+        domain.name: replay_order(
+            lineage, config.replay.windows, known[domain.fingerprint], len(domain.train), config.seed
+        )
+        for domain, _ in old.replayed
+    }
 
 
 def _check_gradients(stage: Stage) -> None:
@@ -269,14 +335,19 @@ def _new_architecture(config: RunConfig, tokenizer: Path | None, new: list[Domai
     return from_scratch(Architecture.from_config(config.model, vocab_size), config.engine, config.precision)
 
 
-def _check_enough_windows(config: RunConfig, trained: list[Domain], weights: np.ndarray) -> None:
+def _check_enough_windows(
+    config: RunConfig, trained: list[Domain], weights: np.ndarray, orders: Mapping[str, ReplayOrder]
+) -> None:
     """Refuse a domain that would repeat within a single step."""
     for domain, weight in zip(trained, weights.tolist(), strict=True):
         share = math.ceil(weight / TOTAL * config.batch.global_batch_size)
-        if len(domain.train) < share:
+        parts = orders[domain.name].parts if domain.name in orders else ()
+        among = f" that replay.windows={config.replay.windows} allows" if parts else ""
+        count = min(len(domain.train), sum(map(len, parts))) if parts else len(domain.train)
+        if count < share:
             raise UserError(
-                f"domain {domain.name!r} ({domain.path}) has {len(domain.train)} windows of "
-                f"{config.batch.sequence_length} tokens, but one step takes {share} of it "
+                f"domain {domain.name!r} ({domain.path}) has {count} windows of "
+                f"{config.batch.sequence_length} tokens{among}, but one step takes {share} of it "
                 f"(weight {weight / TOTAL:.3g}, batch.global_batch_size={config.batch.global_batch_size})",
                 fix="give it more text, or lower its weight, batch.global_batch_size or batch.sequence_length",
             )

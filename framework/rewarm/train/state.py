@@ -31,6 +31,8 @@ class Position:
     learning_rate: float | None = None
     hooks: dict[str, Any] = field(default_factory=dict)
     """State of the hooks by name."""
+    threads: list[int] = field(default_factory=list)
+    """Of each rank; empty where they are to be chosen."""
 
 
 _TYPES: dict[str, type | tuple[type, ...]] = {
@@ -69,9 +71,11 @@ def checkpoint_state(run: Run) -> dict[str, Any]:
         "tokens": run.tokens,
         "learning_rate": run.last_learning_rate,
         "sampler": run.feed.state_dict(),
+        "replay": run.stage.replay_windows,
         "hooks": run.extra_state,
         "architecture": run.stage.architecture.to_dict(),
         "layout": _layout(run.engine, run.config),
+        "threads": run.threads,
         "engine": run.config.engine,
         "precision": run.config.precision,
         "optimizer": run.config.optimizer.name,
@@ -115,7 +119,7 @@ def check_weight_log(folder: Path, state: dict[str, Any]) -> None:
 
 def prepare_sharded(run: Run, folder: Path) -> None:
     """Write the lineage up to here and make the folders that every rank writes into. On the main rank alone."""
-    run.stage.lineage(run.last_learning_rate, run.tokens, run.feed.cursors()).save(folder)
+    run.stage.lineage(run.last_learning_rate, run.tokens, run.feed.cursors(), run.tracker.last_losses).save(folder)
     (folder / MODEL).mkdir()
     (folder / RANDOM).mkdir()
 
@@ -153,8 +157,10 @@ def restore(
             fix=f"set engine={state['engine']}, or start a new stage with parent={checkpoint}",
         )
     engine.load(checkpoint / MODEL, optimizer=True)
+    position = Position(int(state["step"]), int(state["tokens"]), state["learning_rate"], dict(state["hooks"]))
     if state["layout"] == _layout(engine, config):
+        position.threads = list(state.get("threads", []))
         engine.set_rng_state(load_random_state(checkpoint / RANDOM, engine.rank))
     elif config.optimizer.eight_bit:
         messages.append("on another layout 8-bit moments lie in other blocks, and are rounded once more")
-    return Position(int(state["step"]), int(state["tokens"]), state["learning_rate"], dict(state["hooks"]))
+    return position

@@ -10,6 +10,7 @@ from rewarm.data.tokenizer import open_backend, tokenizer_fingerprint
 from rewarm.errors import UserError
 from rewarm.model.description import ModelDescription
 from rewarm.model.tokenizer_check import check_tokenizer_fits
+from rewarm.train.companions import check_digests
 from rewarm.train.origin import Origin
 
 _REBUILD = "rebuild the domain with the model's tokenizer: rewarm data build ... --tokenizer "
@@ -51,6 +52,7 @@ def check_tokenizers(tokenizer: Path | None, architecture: ModelDescription, dom
                 fix=_REBUILD + "FOLDER",
             )
     if tokenizer is not None:
+        check_digests(tokenizer)
         check_tokenizer_fits(tokenizer, architecture, "the model")
         check_same_tokenizer(tokenizer, domains)
 

@@ -41,6 +41,25 @@ def test_show_refuses_what_training_would_refuse(stage: Path) -> None:
         assert result.stdout == ""
 
 
+def test_show_says_what_is_not_there(stage: Path, tmp_path: Path) -> None:
+    (tmp_path / "here.bin").touch()
+    overrides = ["model=null", "parent=runs/gone", f"data.e={tmp_path}/here", "tokenizer=tok", "replay.paths.x=moved",
+                 "schedule.start=parent", "mixture.mixer=doremi", "mixture.doremi.reference=ref"]  # fmt: skip
+    result = CliRunner().invoke(app, ["show", str(stage), *overrides])
+    assert result.exit_code == 0
+    gone = [
+        "parent=runs/gone",
+        "data.d.path=p",
+        "tokenizer=tok",
+        "replay.paths.x=moved",
+        "mixture.doremi.reference=ref",
+    ]
+    for text in gone:
+        assert f"# not found here: {text}\n" in result.stdout and f"warning  {text}: nothing is there" in result.stderr
+    assert "here.bin" not in result.output and f"{tmp_path}/here:" not in result.stderr
+    assert "schedule.start=parent is not known here: parent=runs/gone" in result.stdout
+
+
 def test_show_prints_the_deepspeed_configuration_that_the_engine_is_given(tmp_path: Path) -> None:
     stage, file = tmp_path / "stage.yaml", tmp_path / "ds.json"
     stage.write_text("name: a\nparent: p\nengine: deepspeed\ndata: {d: p}\nduration: 100 steps\n")

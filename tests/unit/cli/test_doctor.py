@@ -42,28 +42,33 @@ def test_a_module_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("threads", "usable", "quota", "levels"),
+    ("threads", "usable", "quota", "busy", "level", "says"),
     [
-        (None, 8, None, [Level.OK]),
-        ("4", 8, None, [Level.OK]),
-        ("16", 8, None, [Level.OK, Level.SLOW]),
-        ("4", 8, 2.0, [Level.OK, Level.SLOW]),
-        (None, 8, 2.0, [Level.OK, Level.SLOW]),
-        (None, 2, 8.0, [Level.OK]),
+        (None, 8, None, 0.1, Level.OK, "up to 8"),
+        ("4", 8, None, 0.0, Level.OK, "4 a rank, by OMP_NUM_THREADS"),
+        ("16", 8, None, 0.0, Level.SLOW, "more than the cores"),
+        ("4", 8, 2.0, 0.0, Level.SLOW, "more than the cores"),
+        (None, 8, 2.0, 0.0, Level.OK, "up to 2"),
+        (None, 2, 8.0, 0.0, Level.OK, "up to 2"),
+        (None, 2, None, 1.0, Level.SLOW, "would start 1 (2 cores a rank, 1.0 of them busy with other programs)"),
+        (None, 2, None, 5.0, Level.SLOW, "would start 1"),
     ],
 )
-def test_more_threads_than_cores(threads: str | None, usable: int, quota: float | None, levels: list[Level]) -> None:
+def test_threads_for_the_cores(
+    threads: str | None, usable: int, quota: float | None, busy: float, level: Level, says: str
+) -> None:
     environment = {} if threads is None else {"OMP_NUM_THREADS": threads}
-    assert [finding.level for finding in doctor.cores(environment, usable, quota)] == levels
+    cores, found = doctor.cores(environment, usable, quota, busy, 1.5)
+    assert f"{busy:.1f} busy with other programs, load average 1.50" in cores.detail
+    assert found.level is level and says in found.detail, found
+
+
+def test_threads_that_never_sleep_are_noticed() -> None:
+    *_, waiting = doctor.cores({"OMP_WAIT_POLICY": "ACTIVE"}, 2, None, 0.0, 0.0)
+    assert waiting.level is Level.SLOW and "OMP_WAIT_POLICY" in waiting.detail
 
 
 def test_container_limits(tmp_path: Path) -> None:
-    assert doctor.cpu_quota(tmp_path) is None
-    (tmp_path / "cpu.max").write_text("150000 100000\n")
-    assert doctor.cpu_quota(tmp_path) == 1.5
-    (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert doctor.cpu_quota(tmp_path) is None
-
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal:  67108864 kB\nMemFree: 1 kB\nMemAvailable:   33554432 kB\n")
     assert doctor.memory(tmp_path, meminfo).detail == "32.0 GiB free of 64.0 GiB"

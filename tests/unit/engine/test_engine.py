@@ -20,6 +20,12 @@ def test_losses_are_those_of_the_logits() -> None:
     np.testing.assert_allclose(sums, losses.sum(axis=1), rtol=1e-5)
 
 
+def test_evaluation_does_not_depend_on_its_micro_batches() -> None:
+    (found,) = run_ranks(single_workers.evaluated_by, 1, [1, 3, 8, 13])
+    for losses in found[1:]:
+        np.testing.assert_allclose(losses, found[0], rtol=1e-6)
+
+
 def test_masked_targets_do_not_count() -> None:
     ((loss, norm, counts),) = run_ranks(single_workers.masked_step, 1, {})
     ((losses, _),) = run_ranks(single_workers.unmasked_losses, 1)

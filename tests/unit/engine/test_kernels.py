@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.nn import functional
 
+from rewarm.engine.megatron import loss
 from rewarm.engine.megatron.activation import SwiGLU
 from rewarm.engine.megatron.loss import _CrossEntropy
 from rewarm.engine.megatron.norm import rms_norm
@@ -78,6 +80,21 @@ def test_cross_entropy_in_place() -> None:
         ours = _CrossEntropy.apply(logits * 1, targets)  # a copy: it is overwritten
         torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
         torch.testing.assert_close(_gradients(ours, logits), expected, rtol=0, atol=tolerance)
+
+
+def test_cross_entropy_of_parts_has_the_bits_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, columns = 37, 1003
+    targets = torch.randint(columns, (rows,), generator=torch.Generator().manual_seed(3))
+    logits = (_random(rows, columns, dtype=torch.float32) * 4).detach().to(torch.bfloat16).requires_grad_()
+    weights = torch.linspace(0.5, 2, rows)
+    scores = torch.log_softmax(logits.detach().float(), -1)
+    expected = scores.exp().scatter_add_(-1, targets[:, None], torch.full((rows, 1), -1.0)) * weights[:, None]
+    for block in (1, 5 * columns, 1 << 24):
+        monkeypatch.setattr(loss, "_BLOCK", block)
+        losses = _CrossEntropy.apply(logits * 1, targets)
+        assert torch.equal(losses, -scores.gather(-1, targets[:, None]).squeeze(-1))
+        (gradient,) = torch.autograd.grad((losses * weights).sum(), logits)
+        assert torch.equal(gradient, expected.to(torch.bfloat16))
 
 
 def test_cross_entropy_leaves_minus_infinity_out() -> None:

@@ -41,6 +41,15 @@ def test_table_holds_every_figure() -> None:
         assert part in text.getvalue()
 
 
+def test_what_was_forgotten_since_a_domain_was_learned_stands_beside_the_last_stage() -> None:
+    rows = compare(LINES, {"python"}, {"english": 1.75, "notes": None, "python": None})
+    assert [row.since_learned for row in rows] == ["forgot 0.375", "not known", "-"]
+    assert [row.verdict for row in rows] == ["forgot 0.125", "kept", "learned 0.750"]
+    text = io.StringIO()
+    Console(file=text, width=120).print(comparison_table(rows))
+    assert "forgot 0.125" in text.getvalue() and "forgot 0.375" in text.getvalue() and "not known" in text.getvalue()
+
+
 def test_one_line_is_refused() -> None:
     with pytest.raises(ValueError, match="first and the last"):
         compare(LINES[:1], set())

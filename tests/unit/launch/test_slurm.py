@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,9 +79,10 @@ def test_the_batch_script_is_valid_shell_and_holds_what_was_asked(tmp_path: Path
     for option in (
         "nodes=4", "ntasks-per-node=8", "gpus-per-node=8", "cpus-per-task=12", "time=12:00:00", "partition=batch",
         "account=proj", "exclude=bad[1-2]", "signal=USR2@300", "requeue", "open-mode=append",
-        "dependency=singleton", "qos=high", f"output={run}/logs/slurm.out",
+        "dependency=singleton", "qos=high",
     ):  # fmt: skip
         assert f"#SBATCH --{option}\n" in text
+    assert f'#SBATCH --"output={run}/logs/slurm.out"\n' in text  # sbatch ends a word at a space without quotes
     # The arrays as bash reads them, spaces and all.
     body = text[: text.index("source ")] + 'printf "%s\\n" "${launch[@]}" -- "${train[@]}" -- "$run" "$again"'
     shown = subprocess.run(["bash", "-euc", body], capture_output=True, text=True, check=True).stdout.splitlines()
@@ -115,3 +118,104 @@ def test_every_srun_of_a_written_script_does_too(container: str | None) -> None:
     places = Places(Path("/r/run"), Path("/r/run/slurm/1"), Path("/w"), Path("/usr/bin/python3"))
     script = batch_script(request, places)
     assert script.count("srun") == script.count("srun --kill-on-bad-exit=1") > 0
+
+
+def sbatch_word(text: str) -> str:
+    """One word of a #SBATCH line as sbatch reads it: quotes of either kind, a backslash that escapes in both."""
+    word, quote, escaped = "", "", False
+    for letter in text:
+        if escaped:
+            word, escaped = word + letter, False
+        elif letter == "\\":
+            escaped = True
+        elif quote:
+            word, quote = (word, "") if letter == quote else (word + letter, quote)
+        elif letter in "\"'":
+            quote = letter
+        else:
+            assert not letter.isspace(), f"{text!r} is more than one word"
+            word += letter
+    assert not quote and not escaped
+    return word
+
+
+HOSTILE = [
+    "a b",
+    "$(touch pwned)",
+    "`touch pwned`",
+    "a;touch pwned",
+    "it's",
+    'say "x"',
+    "a#b",
+    "*",
+    "-rf",
+    "a&b|c>d",
+    "$HOME",
+    "~",
+    "!!",
+    "50%j",
+    "é",
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("container", [None, "image of $(touch pwned).sif", "registry#$(touch pwned):1"])
+def test_names_that_mean_something_to_a_shell_mean_nothing_in_the_script(
+    tmp_path: Path, name: str, container: str | None
+) -> None:
+    working, run = tmp_path / name, tmp_path / name / "runs" / "base"
+    submission = run / "slurm" / "001"
+    stub = submission / "code" / "rewarm" / "launch" / "job.sh"
+    stub.parent.mkdir(parents=True)
+    stub.write_text('printf "%s\\n" "$run" "$again" "$submission" "$PYTHONPATH" -- "${launch[@]}" -- "${train[@]}"\n')
+    mounts = (working,) if container else ()
+    request = JobRequest(
+        1, 1, 0, "10", account=name, container=container, exclude="n[1-3]", options=(f"comment={name}",)
+    )
+    places = Places(run, submission, working, working / "venv/bin/python", mounts)
+    script = submission / "job.sbatch"
+    script.write_text(batch_script(request, places))
+    options = [
+        sbatch_word(line.removeprefix("#SBATCH ")) for line in script.read_text().splitlines() if "#SBATCH" in line
+    ]
+    for expected in (f"--chdir={working}", f"--account={name}", f"--comment={name}", "--exclude=n[1-3]",
+                     f"--output={str(run).replace('%', '%%')}/logs/slurm.out"):  # fmt: skip
+        assert expected in options
+    environment = {"PATH": os.environ["PATH"], "HOME": "/home/somebody", "LANG": "C.UTF-8"}
+    result = subprocess.run(
+        ["bash", str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    shown = result.stdout.splitlines()
+    assert shown[:4] == [str(run), "no", "001", str(submission / "code")] and result.stderr == ""
+    assert shown[-1] == str(submission / "config.yaml")
+    if container is None:
+        assert str(working / "venv/bin/python") in shown
+    else:
+        assert any(container in word for word in shown) and any(f"{working}:{working}" in word for word in shown)
+    assert not list(tmp_path.rglob("pwned"))
+
+
+@pytest.mark.parametrize("odd", ["a\ntouch pwned", "a\rb", "a\tb", "a\x1b[31m", "a\u2028b", "a\udcffb"])
+def test_a_line_break_and_its_like_are_refused_wherever_they_are(tmp_path: Path, odd: str) -> None:
+    plain = Path("/w")
+    good = Places(plain / "run", plain / "run/slurm/001", plain, plain / "python", ())
+    for change in ({"run": plain / odd}, {"working_directory": plain / odd}, {"python": plain / odd},
+                   {"mounts": (plain / odd,)}):  # fmt: skip
+        with pytest.raises(UserError, match="cannot be printed") as error:
+            batch_script(JobRequest(1, 1, 0, "10"), replace(good, **change))
+        assert str(error.value).isascii()
+    for option in ({"account": odd}, {"partition": odd}, {"container": odd}, {"exclude": odd}, {"options": (odd,)}):
+        with pytest.raises(UserError, match="cannot be printed"):
+            batch_script(JobRequest(1, 1, 0, "10", **option), good)  # type: ignore[arg-type]
+
+
+def test_signs_that_other_programs_would_split_a_path_at_are_refused() -> None:
+    request = JobRequest(1, 1, 0, "10", container="image.sif")
+    for run, mount, part in (
+        ("/a:b/run", "/m", "PYTHONPATH"),
+        ("/a\\b/run", "/m", "--output"),
+        ("/r", "/a,b", "container"),
+    ):
+        places = Places(Path(run), Path(run) / "slurm/001", Path("/w"), Path("/python"), (Path(mount),))
+        with pytest.raises(UserError, match=part):
+            batch_script(request, places)

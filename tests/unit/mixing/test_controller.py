@@ -16,7 +16,7 @@ from rewarm.errors import UserError
 from rewarm.mixing.controller import MixtureController
 from rewarm.mixing.draws import sample_hash
 from rewarm.mixing.mixers.build import build_mixer
-from rewarm.mixing.mixture import initial_weights
+from rewarm.mixing.mixture import Clock, check_phases_by_loss, initial_weights, planned_changes, planned_entry
 from rewarm.mixing.sampler import SampledDomain, Sampler
 from rewarm.mixing.weight_log import WeightLog
 from rewarm.mixing.weights import TOTAL, align
@@ -50,11 +50,13 @@ def losses_at(step: int, jitter: float = 0.0) -> dict[str, float]:
 class Loop:
     """The few lines by which a training loop drives the controller, with a sampler that runs ahead."""
 
-    def __init__(self, mixture: dict[str, Any], folder: Path, max_epochs: float | None = None) -> None:
+    def __init__(
+        self, mixture: dict[str, Any], folder: Path, max_epochs: float | None = None, capped: str = "a"
+    ) -> None:
         config, replay = MixtureConfig.model_validate(mixture), ReplayConfig(fraction=0.25)
         names, weights = initial_weights(config, replay, TOKENS, REPLAYED)
         sizes = {**TOKENS, "old": 500}
-        domains = [SampledDomain(n, sizes[n] // 10, f"content {n}", max_epochs if n == "a" else None) for n in names]
+        domains = [SampledDomain(n, sizes[n] // 10, f"content {n}", max_epochs if n in capped else None) for n in names]
         self.sampler = Sampler(domains, 1, weights)
         steps = {"4 steps": 4, "0 steps": 0}
         mixer = build_mixer(config, list(TOKENS), weights[:3] / TOTAL, steps.__getitem__)
@@ -64,7 +66,12 @@ class Loop:
         )  # fmt: skip
         self.log, self.hashes, self.step = WeightLog(folder / "mixture.jsonl"), {}, 0
         if not self.log.entries():
-            self.log.append(0, dict(zip(names, weights.tolist(), strict=True)), "start")
+            clock = Clock(TOTAL_STEPS, BATCH, lambda text: int(text.split()[0]), lambda step: 1.0)
+            start = planned_entry(config, 0, names, weights, "start")
+            for entry in [start, *planned_changes(config, replay, TOKENS, REPLAYED, clock)]:
+                self.log.append(entry.sample, entry.weights, entry.reason, entry.objective)
+        for entry in self.log.entries()[1:]:
+            self.sampler.schedule_weights(align(entry.weights, names), entry.sample)
 
     def resume(self, checkpoint: str) -> None:
         state = json.loads(checkpoint)
@@ -246,6 +253,152 @@ def test_a_phase_begins_once_when_its_loss_is_reached(tmp_path: Path) -> None:
     assert [entry.reason for entry in begun] == ["step 20: phase 0, losses reached"]
     assert begun[0].weights == loop.log.entries()[-1].weights
     assert [round(w / TOTAL, 6) for w in begun[0].weights.values()] == [0, 0.375, 0.375, 0.25]
+
+
+BY_LOSS = {"weights": {"a": 0, "b": 1, "c": 1}, "loss_below": {"a": 2.1}}  # reached at step 20: from sample 184 on
+PLANNED = {"weights": {"a": 1, "b": 0, "c": 1}, "at": "23 steps"}
+
+
+def phased(*phases: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"mixer": "phased", "phased": {"phases": list(phases)}, **more}
+
+
+def new_shares(loop: Loop, sample: int) -> list[float]:
+    """Shares of a, b and c among themselves that the log has in force for a sample."""
+    entry = loop.log.effective(sample)
+    assert entry is not None
+    return [round(weight / TOTAL / 0.75, 6) for name, weight in entry.weights.items() if name != "old"]
+
+
+@pytest.mark.parametrize("phases", [[BY_LOSS, PLANNED], [PLANNED, BY_LOSS]])
+@pytest.mark.parametrize(("saved", "killed"), [(18, 18), (18, 21), (21, 22), (22, 30)])
+def test_a_phase_by_loss_holds_where_it_coincides_with_a_planned_one(
+    phases: list[dict[str, Any]], saved: int, killed: int, tmp_path: Path
+) -> None:
+    (tmp_path / "whole").mkdir()
+    whole = Loop(phased(*phases), tmp_path / "whole")
+    whole.train(TOTAL_STEPS)
+    both = [entry.reason for entry in whole.log.entries() if entry.sample == 184]
+    assert both == [f"phase {phases.index(PLANNED)}", f"step 20: phase {phases.index(BY_LOSS)}, losses reached"]
+    assert new_shares(whole, 184) == new_shares(whole, 319) == [0, 0.5, 0.5]
+
+    first = Loop(phased(*phases), tmp_path)
+    first.train(saved)
+    checkpoint = first.checkpoint()
+    first.train(killed)
+    resumed = Loop(phased(*phases), tmp_path)
+    resumed.resume(checkpoint)
+    resumed.train(TOTAL_STEPS, jitter=1e-9)
+    assert first.hashes | resumed.hashes == whole.hashes
+    assert resumed.log.entries() == whole.log.entries()
+
+
+def test_a_planned_phase_holds_where_no_phase_by_loss_begins(tmp_path: Path) -> None:
+    """The evaluation that decides for the same sample leaves the planned weights; they are not overwritten."""
+    late = {**BY_LOSS, "loss_below": {"a": 2.02}}  # 2 + 0.5 exp(-0.09 step) from step 35.8 on
+    loop = Loop(phased(PLANNED, late), tmp_path)
+    loop.train(TOTAL_STEPS)
+    assert [e.reason for e in loop.log.entries() if e.sample == 184] == ["phase 0", "step 20: no phase begins"]
+    assert new_shares(loop, 183) == pytest.approx([1 / 3] * 3, abs=1e-6)
+    assert new_shares(loop, 184) == [0.5, 0, 0.5]
+    assert new_shares(loop, (36 + AHEAD) * BATCH) == [0, 0.5, 0.5]
+
+
+def test_of_phases_that_begin_together_the_last_holds_and_none_begins_again(tmp_path: Path) -> None:
+    third = {"weights": {"a": 1, "b": 1, "c": 2}, "loss_below": {"b": 2.4, "old": 9.0}}
+    loop = Loop(phased(BY_LOSS, {**third, "loss_below": {"a": 2.1}}, third), tmp_path)
+    loop.train(TOTAL_STEPS)
+    begun = [entry.reason for entry in loop.log.entries() if "reached" in entry.reason]
+    # 2 + 0.5 exp(-0.03 step) < 2.4 from step 7.4 on.
+    assert begun == ["step 8: phase 2, losses reached", "step 20: phase 0, losses reached; phase 1, losses reached"]
+    assert new_shares(loop, 184) == [0.25, 0.25, 0.5]
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_whether_a_phase_has_begun_is_read_from_the_log_and_not_decided_again(begins: bool, tmp_path: Path) -> None:
+    """On another layout a loss just at its bound may fall on the other side of it."""
+    loop = Loop(phased(BY_LOSS, PLANNED), tmp_path)
+    loop.train(18)
+    checkpoint = loop.checkpoint()
+    weights = loop.sampler.weights if not begins else np.array([0, 3, 3, 2]) * (TOTAL // 8)
+    what = "phase 0, losses reached" if begins else "no phase begins"
+    loop.log.append(184, dict(zip(loop.sampler.names, weights.tolist(), strict=True)), f"step 20: {what}")
+    resumed = Loop(phased(BY_LOSS, PLANNED), tmp_path)
+    resumed.resume(checkpoint)
+    resumed.train(20, jitter=0.0 if not begins else -5.0)  # -5 keeps the loss of a above its bound
+    assert resumed.controller.state_dict()["begun"] == ([0] if begins else [])
+    resumed.train(TOTAL_STEPS)
+    again = [entry.reason for entry in resumed.log.entries() if "reached" in entry.reason]
+    assert again == ["step 20: phase 0, losses reached" if begins else "step 24: phase 0, losses reached"]
+
+
+def test_a_log_of_an_earlier_version_names_only_the_last_phase_that_began(tmp_path: Path) -> None:
+    second = {"weights": {"a": 1, "b": 1, "c": 2}, "loss_below": {"a": 2.1}}
+    loop = Loop(phased(BY_LOSS, second), tmp_path)
+    loop.train(18)
+    checkpoint = loop.checkpoint()
+    weights = dict(zip(loop.sampler.names, loop.sampler.weights.tolist(), strict=True))
+    loop.log.append(184, weights, "step 20: phase 1, losses reached")
+    resumed = Loop(phased(BY_LOSS, second), tmp_path)
+    resumed.resume(checkpoint)
+    resumed.train(TOTAL_STEPS)
+    assert [e.reason for e in resumed.log.entries() if "reached" in e.reason] == ["step 20: phase 1, losses reached"]
+
+
+def test_a_cap_leaves_what_a_later_planned_phase_will_take(tmp_path: Path) -> None:
+    """b may be drawn 60 times. The plan takes 40 up to step 20 and 20 in the last steps of the stage; without a cap
+    that knows of them, the phase by loss would use b up in between, and the last phase would end the run."""
+    only_b = {"weights": {"a": 0, "b": 1, "c": 1}, "loss_below": {"a": 2.1}}
+    planned = {"weights": {"a": 2, "b": 1, "c": 0}, "at": "30 steps"}
+    loop = Loop(phased(only_b, planned), tmp_path, max_epochs=75 / 60, capped="b")
+    loop.train(TOTAL_STEPS)
+    begun = next(entry for entry in loop.log.entries() if "reached" in entry.reason)
+    assert begun.reason == "step 20: phase 0, losses reached; max_epochs caps b"
+    # 184 samples at 1/4 are 46 of b, the last 80 at 1/4 take 20: 9 are left for 56 samples.
+    assert begun.weights["b"] / TOTAL == pytest.approx(9 / 56, abs=1e-6)
+    assert loop.sampler.cursors[1] == pytest.approx(75, abs=1)
+
+
+def test_a_phase_by_loss_that_takes_the_objectives_samples_is_refused_before_the_run() -> None:
+    for objective, message in (
+        ({"a": 1}, r"'a' the weight 1, but nothing is sampled from it \(phase 1\)"),
+        ({"a": 1, "b": 1}, r"'a' the weight 1, but nothing is sampled"),
+        ({"b": 1, "x": 1}, "objective names 'x'"),
+    ):
+        config = MixtureConfig.model_validate(phased({**PLANNED, "weights": {"a": 1, "b": 1, "c": 1}}, BY_LOSS))
+        config = config.model_copy(update={"objective": objective})
+        with pytest.raises(UserError, match=message):
+            check_phases_by_loss(config, REPLAYED, 0.25)
+    for objective in ({"b": 1, "a": 0}, {"c": 1, "old": 1}, None):
+        check_phases_by_loss(config.model_copy(update={"objective": objective}), REPLAYED, 0.25)
+
+
+@pytest.mark.parametrize("objective", [{"a": 3.0}, {"a": 1.0, "b": 0.0}, {"a": 2.0, "c": 1.0}])
+def test_an_objective_whose_domain_is_used_up_goes_on_with_what_is_left(
+    objective: dict[str, float], tmp_path: Path
+) -> None:
+    """a has 90 windows and may be passed over 0.15 times: when the first decision takes effect, its 13 are gone."""
+    mixture = {
+        "mixer": "dynamic_batch_loading", "objective": objective,
+        "dynamic_batch_loading": {"targets": {"a": 0.1, "b": 3.0, "c": 3.0}},
+    }  # fmt: skip
+    whole = Loop(mixture, tmp_path, max_epochs=0.15)
+    whole.train(3)
+    checkpoint = whole.checkpoint()
+    whole.train(TOTAL_STEPS)
+    for entry in whole.log.entries()[1:8]:  # the last ones would take effect after the stage
+        assert entry.objective is not None and entry.weights["a"] == entry.objective["a"] == 0
+        assert entry.reason.partition("; ")[2].startswith("max_epochs caps a")
+        if "c" in objective:
+            assert entry.objective["b"] == entry.weights["b"] and "every window" not in entry.reason
+        else:
+            assert entry.objective == entry.weights
+            assert "no domain with a weight in the objective is sampled, so every window counts once" in entry.reason
+    resumed = Loop(mixture, tmp_path, max_epochs=0.15)
+    resumed.resume(checkpoint)
+    resumed.train(TOTAL_STEPS, jitter=1e-9)
+    assert whole.hashes.items() >= resumed.hashes.items()
+    assert resumed.log.entries() == whole.log.entries()
 
 
 def test_a_phase_on_an_unknown_domain_is_refused(tmp_path: Path) -> None:

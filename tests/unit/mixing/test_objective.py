@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rewarm.config.mixture import MixtureConfig
 from rewarm.errors import UserError
 from rewarm.mixing.mixture import planned_entry
-from rewarm.mixing.objective import Objective, objective_weights
+from rewarm.mixing.objective import Objective, is_estimable, objective_weights
 from rewarm.mixing.sampler import SampledDomain, Sampler
 from rewarm.mixing.weight_log import WeightEntry
 from rewarm.mixing.weights import TOTAL, quantise
@@ -87,6 +87,12 @@ def test_what_cannot_be_estimated_is_refused_or_left_out() -> None:
     # A cap on passes that a running stage meets: what is left of the objective stands in.
     kept = objective_weights({"a": 1, "b": 1}, {"a": TOTAL // 2, "b": 0, "old": TOTAL // 2})
     assert kept == {"a": TOTAL // 2, "b": 0, "old": TOTAL // 2}
+    # Nothing of it is left: every window counts once, also those of a domain that it gave no weight.
+    for gone in ({"a": 1}, {"a": 1, "b": 0}, {"a": 1, "old": 0}):
+        sampled = {"a": 0, "b": TOTAL // 4, "old": 3 * TOTAL // 4}
+        assert objective_weights(gone, sampled) == sampled and not is_estimable(gone, sampled)
+        assert objective_weights(gone, sampled) is not sampled
+    assert is_estimable({"a": 1, "b": 1}, {"a": 0, "b": TOTAL})
     with pytest.raises(ValueError, match="sum to 0"):
         MixtureConfig.model_validate({"objective": {"a": 0}})
     with pytest.raises(ValueError, match="objective is ignored by mixture.mixer=doremi"):

@@ -13,9 +13,12 @@ import yaml
 from typer.testing import CliRunner
 
 from rewarm.cli.mixture import app
+from rewarm.config.mixture import MixtureConfig
 from rewarm.errors import UserError
 from rewarm.mixing.audit import audit
 from rewarm.mixing.draws import sample_hash
+from rewarm.mixing.mixers.build import build_mixer, with_targets
+from rewarm.mixing.repetition import effective_tokens
 from rewarm.mixing.sampler import SampledDomain, Sampler
 from rewarm.mixing.weight_log import WeightLog
 from rewarm.mixing.weights import TOTAL, quantise
@@ -189,6 +192,94 @@ def test_a_mixture_is_proposed_from_runs(tmp_path: Path) -> None:
     assert capped["weights"] == pytest.approx({"a": 0.25, "b": 0.75})
 
 
+def test_a_domain_that_every_run_replays_at_the_same_share_keeps_it(tmp_path: Path) -> None:
+    """Runs of a continued stage: the replayed domain is evaluated like the others, and its share tells nothing."""
+    rng = np.random.default_rng(0)
+    lines = []
+    for _ in range(12):
+        x = float(rng.uniform(0.1, 0.9))
+        loss = {"a": 1 + math.exp(-x), "b": 1 + math.exp(-3 * (1 - x)), "old": 2.0}
+        lines.append({"weights": {"a": 0.75 * x, "b": 0.75 * (1 - x), "old": 0.25}, "loss": loss})
+    place, best = table(tmp_path, *lines), (3 - math.log(3)) / 4
+    both = {"a": 1, "b": 1}
+    arguments = ["propose", place, "--divergence", "0", "--importance", '{"a": 1, "b": 1, "old": 0}', "--json"]
+    found = json.loads(run(*arguments, "--prior", json.dumps(both)))
+    assert found["weights"] == pytest.approx({"a": best, "b": 1 - best}, abs=1e-3)
+    assert found["loss"]["old"] == pytest.approx(2.0, abs=1e-3)
+    found = json.loads(run(*arguments, "--prior", json.dumps({**both, "old": 0.5})))
+    assert found["weights"] == pytest.approx({"a": 0.75 * best, "b": 0.75 * (1 - best), "old": 0.25}, abs=1e-3)
+    capped = json.loads(run(*arguments, "--prior", json.dumps({**both, "old": 1}), "--caps", '{"a": 0.3}'))
+    assert capped["weights"] == pytest.approx({"a": 0.3, "b": 0.45, "old": 0.25}, abs=1e-3)
+    with pytest.raises(UserError, match="every run has 0.25 of domain 'old', and its cap is 0.2"):
+        run(*arguments, "--prior", json.dumps({**both, "old": 1}), "--caps", '{"old": 0.2}')
+    lines[3]["weights"] = {"a": 0.5, "b": 0.4, "old": 0.1}
+    with pytest.raises(UserError, match="different shares of domain 'old', which --prior does not name"):
+        run("propose", table(tmp_path, *lines), "--prior", json.dumps(both))
+
+
+def pilot(folder: Path, *, is_run: bool) -> Path:
+    """Evaluations of a pilot with new domains a and b, a replayed one, and one that is only watched and rises."""
+    folder.mkdir()
+    if is_run:
+        (folder / "config.yaml").write_text(yaml.safe_dump({"data": {"a": "x", "b": {"path": "y"}}}))
+
+    def losses(tokens: float) -> dict[str, Any]:
+        amounts = {"a": 1.5 + 2.0 * tokens**-0.4, "b": 1.0 + tokens**-0.2, "old": 2.0 - 1e-3 * tokens}
+        return {name: {"loss": loss} for name, loss in amounts.items()} | {"watched": {"loss": None}}
+
+    lines = [{"step": s, "tokens": s * 1000, "domains": losses(max(s, 0.1))} for s in range(12)]
+    (folder / "evaluation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.mark.parametrize("named", ["run", "file"])
+def test_targets_of_a_continued_stage_are_of_its_new_domains(named: str, tmp_path: Path) -> None:
+    """The guide's recipe: a pilot that replays an old domain gives targets that simulation and training take."""
+    folder, output = pilot(tmp_path / "pilot", is_run=True), tmp_path / "targets.json"
+    place = folder if named == "run" else folder / "evaluation.jsonl"
+    run("targets", str(place), "--tokens", "1e6", "--output", str(output))
+    found = json.loads(output.read_text())["targets"]
+    assert list(found) == ["a", "b"]
+    simulated = simulate(
+        "velocitune", str(folder / "evaluation.jsonl"), "--targets", str(output), weights={"a": 6, "b": 4}
+    )
+    assert len(simulated) == 12
+    settings = MixtureConfig.model_validate({"mixer": "velocitune", "velocitune": {"targets": str(output)}})
+    resolved = with_targets(settings, ["a", "b"])
+    assert resolved.velocitune is not None and resolved.velocitune.targets == found
+    build_mixer(resolved, ["a", "b"], np.ones(2), lambda text: 0)
+    # Old domains can still be asked for.
+    run("targets", str(place), "--tokens", "1e6", "--output", str(output), "--domain", "old")
+    assert list(json.loads(output.read_text())["targets"]) == ["old"]
+    with pytest.raises(UserError, match="domain 'watched' 0 times"):
+        run("targets", str(place), "--tokens", "1e6", "--output", str(output), "--domain", "watched")
+
+
+@pytest.mark.parametrize("mixer", ["velocitune", "dynamic_batch_loading"])
+def test_a_file_of_targets_may_hold_more_domains_than_the_stage_weighs(mixer: str, tmp_path: Path) -> None:
+    folder = pilot(tmp_path / "elsewhere", is_run=False)
+    targets = {"a": 1.4, "b": 0.9, "old": 1.9}
+    (tmp_path / "targets.json").write_text(json.dumps({"targets": targets}))
+    place = str(folder / "evaluation.jsonl")
+    for text in (str(tmp_path / "targets.json"), json.dumps(targets)):
+        given = ["--targets", text, "--initial", json.dumps({"a": 5, "b": 5, "old": 5})]
+        assert len(simulate(mixer, place, *given, weights={"a": 6, "b": 4})) == 12
+    with pytest.raises(UserError, match=r"--targets names 'bb'(.|\n)*did you mean 'b'"):
+        simulate(mixer, place, "--targets", json.dumps({**targets, "bb": 1}), weights={"a": 6, "b": 4})
+    with pytest.raises(UserError, match="--targets has no value for domain 'b'"):
+        simulate(mixer, place, "--targets", '{"a": 1, "old": 2}', weights={"a": 6, "b": 4})
+
+    def mixture(value: Any) -> MixtureConfig:
+        return MixtureConfig.model_validate({"mixer": mixer, mixer: {"targets": value}})
+
+    built = build_mixer(mixture(str(tmp_path / "targets.json")), ["b", "a"], np.ones(2), lambda text: 0)
+    assert built.targets.tolist() == [0.9, 1.4]  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="targets names 'old'"):  # what is given in place is meant as it stands
+        build_mixer(mixture(targets), ["a", "b"], np.ones(2), lambda text: 0)
+    with pytest.raises(UserError, match="targets has no value for domain 'c'"):
+        build_mixer(mixture(str(tmp_path / "targets.json")), ["a", "c"], np.ones(2), lambda text: 0)
+
+
 def made_run(folder: Path, steps: int = 30, batch: int = 6) -> None:
     """A run folder as training leaves it, with one change of weights inside a batch."""
     domains = [SampledDomain("a", 40, "content a"), SampledDomain("b", 500, "content b")]
@@ -214,6 +305,8 @@ def test_an_audit_agrees_with_an_honest_run(tmp_path: Path) -> None:
     assert drawn in (57, 58) and found["domains"]["b"]["drawn"] == 180 - drawn
     assert found["domains"]["a"]["different"] == 40 and found["domains"]["a"]["most_repeated"] == 2
     assert found["domains"]["b"]["most_repeated"] == 1
+    assert found["domains"]["a"]["fresh"] == 40
+    assert found["domains"]["a"]["effective"] == pytest.approx(effective_tokens(40, drawn / 40), abs=0.05)
 
 
 def test_an_audit_finds_a_step_that_saw_something_else(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -261,3 +263,19 @@ def test_without_the_library_torch_stands_in(monkeypatch: pytest.MonkeyPatch) ->
         results.append(state)
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_the_update_is_made_under_optimised_python() -> None:
+    """``python -O`` leaves out every assert: the update must not be in one, nor what keeps it off foreign memory."""
+    code = (
+        "import torch; from rewarm.offload import adamw\n"
+        "step = adamw.AdamWStep.prepare(step=1, learning_rate=0.1)\n"
+        "state = torch.ones(8), torch.zeros(8), torch.zeros(8)\n"
+        "adamw.update(step, *state, torch.ones(8)); print(state[0].tolist() != [1.0] * 8)\n"
+        "half = torch.zeros(8, dtype=torch.bfloat16)\n"
+        "adamw.cast(torch.ones(8), half); print(half.tolist() == [1.0] * 8)\n"
+        "try: adamw.update(step, *state, torch.ones(4))\n"
+        "except AssertionError as error: print('is meant' in str(error))\n"
+    )
+    done = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True"] * 3, done.stdout + done.stderr

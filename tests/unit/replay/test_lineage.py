@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -108,3 +109,39 @@ def test_moved_and_changed_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(DISK, "/moved/python", "something else")
     with pytest.raises(UserError, match="content of domain 'python' at /moved/python changed"):
         names(ReplayConfig(fraction=0.1, paths={"python": "/moved/python"}))
+
+
+def measured(loss: float | None, on: str = "w", windows: int = 8) -> ConsumedDomain:
+    return replace(domain("english", 64), windows=windows, held_out_loss=loss, measured_on=on)
+
+
+@pytest.mark.parametrize(
+    ("stages", "expected"),
+    [
+        ([[measured(2.0)], []], 2.0),  # learned in the first stage, not seen in the second: 2.5 is what is left of it
+        ([[measured(2.0)], [measured(2.2)]], 2.0),  # replayed in the second: the best counts
+        ([[measured(3.0)], [measured(2.2)]], 2.2),
+        ([[measured(None)]], 2.5),  # nothing written down, but the stage before this one ended with what it began with
+        ([[measured(9.0)]], 2.5),  # its last evaluation was long before its end
+        ([[measured(None)], []], None),
+        ([[measured(2.0, on="others")], []], None),
+        ([[measured(2.0, windows=0)], [measured(2.4)]], 2.4),
+        ([[], []], None),
+    ],
+)
+def test_forgetting_is_counted_from_the_best_end_of_a_stage(
+    stages: list[list[ConsumedDomain]], expected: float | None
+) -> None:
+    lineage = Lineage(tuple(Stage(str(n), "run", f"/{n}", domains=tuple(d)) for n, d in enumerate(stages)))
+    assert lineage.loss_when_learned("hash of english", "w", 2.5) == expected
+
+
+def test_losses_go_through_the_file_and_are_unknown_in_older_ones(tmp_path: Path) -> None:
+    lineage = Lineage((replace(GRANDPARENT, domains=(measured(2.0),)),))
+    lineage.save(tmp_path)
+    assert Lineage.load(tmp_path) == lineage
+    values = json.loads((tmp_path / "lineage.json").read_text())
+    for name in ("held_out_loss", "measured_on"):
+        del values["stages"][0]["domains"][0][name]
+    (tmp_path / "lineage.json").write_text(json.dumps(values))
+    assert Lineage.load(tmp_path).stages[0].domains[0].held_out_loss is None

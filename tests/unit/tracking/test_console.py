@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from rich.console import Console as RichConsole
 
-from rewarm.tracking.console import Console, duration, short
+from rewarm.mixing.weight_log import WeightEntry
+from rewarm.tracking.console import Console, duration, short, weights_line
 from rewarm.tracking.metrics import EvaluationLine, MetricsLine, evaluation_line, metrics_line
+from rewarm.train.hooks.mixture import MixtureHook
 
 
 def line(step: int, counts: tuple[int, int] = (4, 6)) -> MetricsLine:
@@ -112,3 +115,36 @@ def test_short(number: float, text: str) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (61, "1:01"), (3661, "1:01:01"), (90_000, "1 day 1:00:00")])
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_a_line_of_changed_weights_holds_the_weights() -> None:
+    weights = {"english": 3 << 30, "python": 1 << 30}
+    entry = WeightEntry(3200, weights, "step 100: velocitune")
+    assert weights_line(entry) == "weights from sample 3200: english 0.7500, python 0.2500 (step 100: velocitune)"
+    entry = WeightEntry(0, weights, "start: doremi", {"english": 1 << 31, "python": 1 << 31})
+    assert "python 0.2500; in the loss english 0.5000, python 0.5000 (start: doremi)" in weights_line(entry)
+    many = {f"domain{number}": number << 20 for number in range(1, 65)}
+    text = weights_line(WeightEntry(8, many, "phase 0"))
+    assert text.startswith("weights from sample 8: domain64 0.0156, domain63") and ", and 52 more (phase 0)" in text
+
+
+def test_a_run_tells_of_changes_that_are_planned_and_of_those_that_an_evaluation_makes() -> None:
+    told: list[str] = []
+    planned = [WeightEntry(at, {"a": 1 << 31, "b": 1 << 31}, f"phase {at}") for at in (0, 16, 64)]
+    new = WeightEntry(48, {"a": 1 << 30, "b": 3 << 30}, "step 4: odm")
+    controller = SimpleNamespace(
+        is_active=True, last_step=-1, mixer=SimpleNamespace(needs_gradients=False), load_state_dict=lambda state: None,
+        state_dict=dict, commit=lambda change, log: change.entry,
+    )  # fmt: skip
+    run = SimpleNamespace(
+        config=SimpleNamespace(
+            total_steps=20, batch=SimpleNamespace(global_batch_size=8), steps=lambda text: 4,
+            evaluation=SimpleNamespace(interval="4 steps"),
+        ),
+        stage=SimpleNamespace(planned=planned, controller=lambda: controller), step=4, extra_state={}, stop_reason=None,
+        engine=SimpleNamespace(is_main=False, broadcast=lambda value: SimpleNamespace(entry=new)),
+        feed=SimpleNamespace(first_free_sample=48, schedule=lambda entry: None),
+        tracker=SimpleNamespace(message=told.append),
+    )  # fmt: skip
+    MixtureHook().start(cast("Any", run))
+    assert told == [weights_line(planned[2]), weights_line(new)]

@@ -77,6 +77,15 @@ def test_evaluation_is_part_of_the_recipe_where_it_decides_the_weights(tmp_path:
             assert len(check_same_stage(after, tmp_path)) == 1
 
 
+def test_runs_of_a_time_when_evaluations_took_8_windows_at_once_resume(tmp_path: Path) -> None:
+    """What a forward pass takes at once decides rounding only, also where the weights follow the losses."""
+    before = config(mixture={"mixer": "odm"}, evaluation={"micro_batch_size": 8})
+    (tmp_path / "config.yaml").write_text(dump(before))
+    after = config(mixture={"mixer": "odm"})
+    assert after.evaluation_micro_batch_size == after.batch.micro_batch_size
+    assert check_same_stage(after, tmp_path) == ["changed at this resume: evaluation.micro_batch_size=None (was 8)"]
+
+
 def test_a_folder_that_cannot_be_written_is_named() -> None:
     with pytest.raises(UserError, match="/proc/nowhere/x cannot be written"):
         prepare_folder(config(runs_folder="/proc/nowhere").folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,6 +22,10 @@ def audit(
 ) -> None:
     """Rebuild which windows every step used from the weight log alone, and compare with what training logged.
 
+    Of each domain it says how many windows the run drew, how many of them were different, how many of these neither it
+    nor an ancestor had drawn before, and how often the most used one was drawn. What repeats are worth is counted over
+    the whole lineage (Muennighoff et al. 2023).
+
     Exit status 1 if a step differs.
 
     [bold]Example[/bold]
@@ -30,14 +35,20 @@ def audit(
     from rewarm.mixing.audit import audit as rebuild
     from rewarm.mixing.audit import logged_hashes
     from rewarm.mixing.weight_log import WeightLog
+    from rewarm.replay.lineage import FILE_NAME, Lineage
+    from rewarm.replay.windows import drawn_before
     from rewarm.tracking.metrics import read_lines
 
     state, batch_size = run_facts(run)
+    before = None
+    if (run / FILE_NAME).is_file():
+        before = partial(drawn_before, Lineage(Lineage.load(run).stages[:-1]))
     result = rebuild(
         state["sampler"],
         WeightLog(run / "mixture.jsonl").entries(),
         logged_hashes(read_lines(run / "metrics.jsonl")),
         batch_size,
+        before,
     )
     _print_audit(result, as_json)
     if result.different:
@@ -50,6 +61,7 @@ def _print_audit(result: Audit, as_json: bool) -> None:
             "windows": use.windows,
             "drawn": use.drawn,
             "different": use.seen,
+            "fresh": use.fresh,
             "most_repeated": use.most_repeated,
             "effective": round(use.effective, 1),
         }
@@ -62,7 +74,7 @@ def _print_audit(result: Audit, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("domain", "windows", "drawn", "different", "most repeated", "worth in fresh windows")
+    table = Table("domain", "windows", "drawn", "different", "never drawn before", "most repeated", "worth in fresh")
     for name, use in domains.items():
         table.add_row(name, *(f"{value:,}" for value in use.values()))
     Console().print(table)

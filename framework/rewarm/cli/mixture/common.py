@@ -30,6 +30,14 @@ def run_facts(run: Path) -> tuple[dict[str, Any], int]:
     return read_state(checkpoints[0]), int(saved_setting(run, "batch.global_batch_size"))
 
 
+def new_domains(run: Path) -> list[str] | None:
+    """The domains under ``data`` of a run, or None where the folder is no run."""
+    import yaml
+
+    place = run / "config.yaml"
+    return list(yaml.safe_load(place.read_text())["data"]) if place.is_file() else None
+
+
 def by_domain(option: str, text: str | None) -> dict[str, float] | None:
     """Numbers by domain, given as JSON or as the name of a JSON file (also one with ``targets`` inside).
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rewarm.cli.mixture.common import JsonOption
+from rewarm.cli.mixture.common import JsonOption, new_domains
 from rewarm.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def targets(
     tokens: Annotated[float, typer.Option("--tokens", help="Tokens that the stage will train on, as 2e9.")],
     output: Annotated[Path, typer.Option("--output", help="File to write; mixture.velocitune.targets can name it.")],
     domains: Annotated[
-        list[str] | None, typer.Option("--domain", help="Domain to fit; repeat. All if not given.")
+        list[str] | None, typer.Option("--domain", help="Domain to fit; repeat. The run's new ones if not given.")
     ] = None,
     skip: Annotated[float, typer.Option("--skip-tokens", help="Leave out evaluations up to here, as the warm-up.")] = 0,
     as_json: JsonOption = False,
@@ -30,7 +30,8 @@ def targets(
     """Target losses from a pilot: a power law for each domain's evaluations, extrapolated to the whole stage.
 
     The pilot is an ordinary run: the same model on a sub-sample at the original weights, with a constant learning rate
-    and frequent evaluations.
+    and frequent evaluations. Fitted are its new domains, whose weights a mixer decides, and not the old ones that it
+    replays or only evaluates; of a file that lies in no run folder, all.
 
     [bold]Example[/bold]
 
@@ -40,7 +41,8 @@ def targets(
     from rewarm.mixing.targets import fit_targets
 
     place = pilot / "evaluation.jsonl" if pilot.is_dir() else pilot
-    fitted = fit_targets(read_loss_table(place), int(tokens), domains=domains, skip_tokens=int(skip))
+    chosen = domains or new_domains(place.parent)
+    fitted = fit_targets(read_loss_table(place), int(tokens), domains=chosen, skip_tokens=int(skip))
     content = {
         "targets": {name: target.loss for name, target in fitted.items()},
         "tokens": int(tokens),

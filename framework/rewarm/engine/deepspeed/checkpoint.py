@@ -20,7 +20,7 @@ from rewarm.engine import ranks
 from rewarm.engine.deepspeed.partitions import Partitions
 from rewarm.engine.deepspeed.shards import Shards, place
 from rewarm.engine.portable import MOMENTS, WEIGHT
-from rewarm.errors import UserError
+from rewarm.errors import UserError, ensure
 from rewarm.files import parse_json
 from rewarm.model.safetensors_io import TensorFolder, TensorWriter
 
@@ -167,7 +167,7 @@ class Checkpoint:
                 f"{name}/{kind}", slice(low - first, high - first)
             )
             covered += high - low
-        assert covered == stop - start, f"{self.folder}: {name} is covered in {covered} of {stop - start} elements"
+        ensure(covered == stop - start, f"{self.folder}: {name} is covered in {covered} of {stop - start} elements")
         return found
 
     def _files(self, rank: int) -> TensorFolder:

@@ -40,7 +40,7 @@ from rewarm.engine.deepspeed.ulysses import Ulysses
 from rewarm.engine.deepspeed.update import OffloadedStep
 from rewarm.engine.gradients import gradient_statistics
 from rewarm.engine.portable import MOMENTS, WEIGHT, PortableState, PortableWriter
-from rewarm.errors import UserError
+from rewarm.errors import UserError, ensure
 from rewarm.model.description import HuggingFaceModel
 from rewarm.model.initial import RandomTensors
 
@@ -134,6 +134,7 @@ class DeepSpeedEngine(Collectives, Engine):
     def dry_run(self, batch: Batch) -> None:
         """See :meth:`Engine.dry_run`."""
         state = self.rng_state()
+        device.forget_peak_memory()  # building took more, for a moment, than a step does
         if self._context is not None:
             self._check_context(self._context, batch)
         # A gradient that is not finite is dropped by the one path that knows where stage and offload have put it.
@@ -142,7 +143,7 @@ class DeepSpeedEngine(Collectives, Engine):
         device.synchronize()
         seconds = time.perf_counter() - started
         _, updated = self._update()
-        assert not updated, "DeepSpeed took a step on a gradient that is not a number"
+        ensure(not updated, "DeepSpeed took a step on a gradient that is not a number")
         if isinstance(self._partitions.inner, OffloadedStep) and self._partitions.inner.offload is not None:
             self._partitions.inner.offload.rehearsed(seconds, device.peak_memory())
         self.set_rng_state(state)
@@ -242,7 +243,7 @@ class DeepSpeedEngine(Collectives, Engine):
             length = 2 * self.config.parallel.context + 1
             self._forward_backward(Batch(batch.tokens[:1, :length], batch.domains[:1]), factor=math.nan)
             _, updated = self._update()
-            assert not updated, "DeepSpeed took a step on a gradient that is not a number"
+            ensure(not updated, "DeepSpeed took a step on a gradient that is not a number")
             return found
 
         found = gradient_statistics(
@@ -327,7 +328,7 @@ class DeepSpeedEngine(Collectives, Engine):
 
     def save_portable(self, folder: Path) -> None:
         """See :meth:`Engine.save_portable`."""
-        assert self.world_size == 1, "in more processes each would hold a part"
+        ensure(self.world_size == 1, "in more processes each would hold a part")
         partitions, shapes = self._partitions, self._shards.shapes
         writer = PortableWriter(folder, shapes, moments=partitions.has_moments, steps=partitions.steps())
         for fragment in partitions.fragments(moments=partitions.has_moments, write=False):
@@ -337,7 +338,7 @@ class DeepSpeedEngine(Collectives, Engine):
 
     def load_portable(self, folder: Path) -> None:
         """See :meth:`Engine.load_portable`."""
-        assert self.world_size == 1, "in more processes each would hold a part"
+        ensure(self.world_size == 1, "in more processes each would hold a part")
         state = PortableState(folder)
         self._fill(state, moments=self._partitions.has_moments)
         self._partitions.set_steps(state.steps)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rewarm.engine import device, ranks
-from rewarm.errors import UserError
+from rewarm.errors import UserError, ensure
 
 NAME = "rewarm_ulysses"
 """What transformers knows this attention by."""
@@ -122,7 +122,7 @@ class Ulysses:
         from deepspeed.sequence.layer import DistributedAttention
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        assert attention_mask is None, "transformers makes no mask for an attention that it does not know"
+        ensure(attention_mask is None, "transformers makes no mask for an attention that it does not know")
 
         def attend(*whole: Tensor) -> Tensor:
             heads_first = (tensor.transpose(1, 2) for tensor in whole)

@@ -11,6 +11,7 @@ from torch import Tensor
 from rewarm.config.offload import OffloadConfig
 from rewarm.engine.offload import Offload
 from rewarm.engine.portable import MOMENTS
+from rewarm.errors import ensure
 from rewarm.offload import adamw
 from rewarm.offload.execute import GroupStep
 
@@ -83,7 +84,7 @@ class OffloadedStep(KernelAdamW):
         number = 0
         for group in self.param_groups:
             for parameter in group["params"]:
-                assert parameter.grad is not None, "a parameter took no part in the step"
+                ensure(parameter.grad is not None, "a parameter took no part in the step")
                 place = self.place_of(parameter)
                 self._noted[place] = parameter.grad.detach().view(-1), GroupStep.of(group)
                 self.state[parameter]["step"] += 1

@@ -201,10 +201,11 @@ def _main_state(state: dict[str, Any]) -> dict[str, Any]:
     def main(entry: Any) -> Any:
         if not isinstance(entry.data, torch.nn.Parameter):
             return entry
-        # Zeros, because rows that pad the vocabulary here may not be there.
+        # Zeros, because rows that pad the vocabulary here may not be there; on the host, because a device may have no
+        # room for all of them.
         fields = {
             "key": f"optimizer.state.param.{entry.key}",
-            "data": torch.zeros_like(entry.data, dtype=torch.float32),
+            "data": torch.zeros_like(entry.data, dtype=torch.float32, device="cpu"),
         }
         if isinstance(entry, ShardedTensor):
             fields["dtype"] = torch.float32

@@ -195,6 +195,23 @@ def cuda_is_identity() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def without_main_parameters() -> Iterator[None]:
+    """``Tensor.float()`` of 16 bits as a tensor without memory: distrib_optimizer.py:399 makes the fp32 main parameters
+    with it, all of them on the device, where offloaded ones are not kept."""
+    real = torch.Tensor.float
+
+    def shape_only(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if tensor.dtype == torch.float32:
+            return real(tensor, *args, **kwargs)
+        main = torch.empty_like(tensor, dtype=torch.float32)
+        main.untyped_storage().resize_(0)
+        return main
+
+    with _replaced(torch.Tensor, "float", shape_only):
+        yield
+
+
+@contextlib.contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     real = getattr(owner, name)
     setattr(owner, name, value)

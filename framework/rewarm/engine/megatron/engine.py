@@ -99,6 +99,7 @@ class MegatronEngine(Engine):
     def dry_run(self, batch: Batch) -> None:
         """See :meth:`Engine.dry_run`."""
         state = self.rng_state()
+        device.forget_peak_memory()  # building took more, for a moment, than a step does
         if self.config.offload.mode == "auto":
             self._forward_backward(batch)  # the first pass takes longer than those that a placement is made for
             device.synchronize()

@@ -37,26 +37,48 @@ def exclude_padding(logits: Tensor, vocab_size: int) -> Tensor:
     return logits if columns >= width else _ExcludePadding.apply(logits, max(0, columns))
 
 
-class _CrossEntropy(torch.autograd.Function):
-    """Cross entropy that turns the logits into log-probabilities and those into gradients, in place.
+_BLOCK = 1 << 24
+"""Scores that are fp32 at a time where the logits are not: 64 MiB."""
 
-    The logits are the largest tensor of a step; torch's own operators would make two more of their size.
+
+class _CrossEntropy(torch.autograd.Function):
+    """Cross entropy that turns fp32 logits into log-probabilities, and logits into gradients, in place.
+
+    The logits are the largest tensor of a step; torch's own operators would make two more of their size. Of 16-bit
+    logits a part at a time is made fp32, and again in the backward pass: an fp32 copy would take twice their memory.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        scores = logits.float()
-        torch.ops.aten._log_softmax.out(scores, -1, False, out=scores)
-        ctx.save_for_backward(scores, targets)
-        ctx.dtype = logits.dtype
-        return scores.gather(-1, targets[:, None]).squeeze(-1).neg_()
+        losses = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
+        for rows in _blocks(logits):
+            scores = _log_probabilities(logits[rows])
+            losses[rows] = scores.gather(-1, targets[rows, None]).squeeze(-1).neg_()
+        ctx.save_for_backward(logits, targets)
+        return losses
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        scores, targets = ctx.saved_tensors
-        result = scores.exp_()
-        result.scatter_add_(-1, targets[:, None], result.new_full((len(targets), 1), -1.0))
-        return result.mul_(gradients[0][:, None]).to(ctx.dtype), None
+        logits, targets = ctx.saved_tensors
+        for rows in _blocks(logits):
+            part, index = logits[rows], targets[rows, None]
+            scores = part if part.dtype == torch.float32 else _log_probabilities(part)
+            scores.exp_().scatter_add_(-1, index, scores.new_full((len(scores), 1), -1.0))
+            part.copy_(scores.mul_(gradients[0][rows, None]))
+        return logits, None
+
+
+def _blocks(logits: Tensor) -> list[slice]:
+    """Rows that are treated at once: all of fp32 logits, which need no memory of their own."""
+    count = len(logits) if logits.dtype == torch.float32 else max(1, _BLOCK // logits.shape[-1])
+    return [slice(first, first + count) for first in range(0, len(logits), max(1, count))]
+
+
+def _log_probabilities(logits: Tensor) -> Tensor:
+    """Logarithm of the softmax of each row in fp32; it takes the place of fp32 logits."""
+    scores = logits.float()
+    torch.ops.aten._log_softmax.out(scores, -1, False, out=scores)
+    return scores
 
 
 def token_losses(logits: Tensor, labels: Tensor, vocab_size: int) -> Tensor:

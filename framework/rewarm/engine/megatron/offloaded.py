@@ -15,6 +15,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from rewarm.config.offload import OffloadConfig
+from rewarm.engine.megatron import compat
 from rewarm.engine.megatron.update import GroupStepAdamW
 from rewarm.engine.offload import Offload
 from rewarm.engine.portable import MOMENTS
@@ -30,7 +31,8 @@ class _Owned:
     shard: Tensor
     """Flat view of this rank's part of it."""
     main: Tensor
-    """What the inner optimizer holds in its groups: the shard itself in fp32, else its fp32 copy."""
+    """What the inner optimizer holds in its groups: the shard itself in fp32, else an fp32 tensor of its shape, without
+    memory."""
     gradient: Tensor
     """Flat view of Megatron-Core's buffer of gradients."""
     group: int
@@ -99,10 +101,13 @@ class OffloadedOptimizer(DistributedOptimizer):
             gradient_type=torch.float32,
             eight_bit=eight_bit,
         )
-        for each in owned:
-            if each.main.dtype != each.shard.dtype:
-                # Its shape and its gradient are still asked for, its values are elsewhere now.
-                each.main.untyped_storage().resize_(0)
+
+    @classmethod
+    def _build_model_and_main_param_groups(cls, *args: Any, **kwargs: Any) -> Any:
+        """See the base class. Of an fp32 main parameter only the shape, and its gradient, are asked for: its values
+        are read from the model's parameters, piece by piece, to where the state rests."""
+        with compat.without_main_parameters():
+            return super()._build_model_and_main_param_groups(*args, **kwargs)
 
     def _owned_shards(self) -> list[_Owned]:
         """In the order of the forward pass: buffers hold the parameters of a chunk from the last to the first."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from rewarm.engine import device
 from rewarm.engine.megatron.offloaded import OffloadedOptimizer
+from rewarm.errors import ensure
 
 
 class Replica(DistributedDataParallel):
@@ -158,7 +159,7 @@ class Overlap:
         """A micro-batch's gradient has been added."""
         if self._rate is None or self._reduces or parameter in self._late:
             return
-        assert parameter in self._left, "a gradient was added to after the last one that was expected"
+        ensure(parameter in self._left, "a gradient was added to after the last one that was expected")
         if self._is_last(parameter):
             self._announce(parameter)
 

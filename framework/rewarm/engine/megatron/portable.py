@@ -13,6 +13,7 @@ from rewarm.engine.megatron.optimizer import Optimizer
 from rewarm.engine.megatron.transformer import Decoder
 from rewarm.engine.megatron.weights import Place, fill_weights, places, read_shard, take_apart
 from rewarm.engine.portable import MOMENTS, WEIGHT, PortableState, PortableWriter
+from rewarm.errors import ensure
 from rewarm.model.architecture import Architecture
 from rewarm.model.tensors import tensor_shapes
 
@@ -47,7 +48,7 @@ def _states(
     chunks: Sequence[Decoder], architecture: Architecture, optimizer: Optimizer
 ) -> Iterator[tuple[Place, dict[str, Tensor]]]:
     """Every parameter's fp32 value and moments, as views [as the parameter]."""
-    assert dist.get_world_size() == 1, "in more processes each would hold a part"
+    ensure(dist.get_world_size() == 1, "in more processes each would hold a part")
     masters = optimizer.masters()
     for place, parameter in places(chunks, architecture):
         master = masters[id(parameter)]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -32,7 +33,7 @@ from rewarm.engine.megatron.attention import LocalCore, SDPACore, with_rotary
 from rewarm.engine.megatron.loss import token_losses
 from rewarm.engine.megatron.norm import RMSNorm
 from rewarm.engine.megatron.rotary import Rotary
-from rewarm.errors import UserError
+from rewarm.errors import UserError, ensure
 from rewarm.model.architecture import Architecture
 
 
@@ -119,7 +120,7 @@ def layer_spec(attention: str, qk_norm: bool) -> ModuleSpec:
     """The modules of one transformer layer.
 
     Raises:
-        UserError: if Transformer Engine is asked for and not installed.
+        UserError: if Transformer Engine is asked for and not installed, or cannot be imported.
     """
     if attention == "transformer_engine":
         if find_spec("transformer_engine") is None:
@@ -127,9 +128,17 @@ def layer_spec(attention: str, qk_norm: bool) -> ModuleSpec:
                 "megatron.attention=transformer_engine, but Transformer Engine is not installed",
                 fix="pip install transformer-engine[pytorch] on a machine with a GPU, or set megatron.attention=sdpa",
             )
+        if not gpt_layer_specs.HAVE_TE:
+            raise UserError(
+                "megatron.attention=transformer_engine, but Megatron-Core cannot import the Transformer Engine that is "
+                "installed",
+                fix="python -c 'import transformer_engine.pytorch' says why; or set megatron.attention=sdpa",
+            )
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
         parts = spec.submodules.self_attention.submodules
         parts.core_attention = with_rotary(parts.core_attention)
+        if qk_norm:  # before Transformer Engine 1.9 Megatron-Core takes one here that knows no RMSNorm
+            parts.q_layernorm = parts.k_layernorm = RMSNorm
         return spec
     spec = get_gpt_layer_local_spec(qk_layernorm=qk_norm, normalization="RMSNorm")
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
@@ -146,7 +155,6 @@ def build_chunks(config: RunConfig, architecture: Architecture, decoder: Decoder
     parallel = config.parallel
     stages = parallel.virtual_pipeline
     layer = layer_spec(config.megatron.attention, architecture.qk_norm)
-    final_norm = RMSNorm if config.megatron.attention != "transformer_engine" else layer.submodules.input_layernorm
     rank = parallel_state.get_pipeline_model_parallel_rank()
     chunks = []
     for stage in range(stages):
@@ -154,7 +162,7 @@ def build_chunks(config: RunConfig, architecture: Architecture, decoder: Decoder
         num_layers = get_num_layers_to_build(decoder, vp_stage=vp_stage)
         chunk = Decoder(
             config=decoder,
-            transformer_layer_spec=TransformerBlockSubmodules([layer] * num_layers, layer_norm=final_norm),
+            transformer_layer_spec=TransformerBlockSubmodules([layer] * num_layers, layer_norm=RMSNorm),
             vocab_size=architecture.padded_vocab_size(config.megatron.vocab_divisor, parallel.tensor),
             max_sequence_length=architecture.max_position_embeddings,
             pre_process=rank == 0 and stage == 0,
@@ -164,6 +172,8 @@ def build_chunks(config: RunConfig, architecture: Architecture, decoder: Decoder
             vp_stage=vp_stage,
         )
         chunk.true_vocab_size = architecture.vocab_size
+        final_norm = getattr(chunk.decoder, "final_layernorm", None)
+        ensure(not chunk.post_process or isinstance(final_norm, RMSNorm), "the decoder was built without a final norm")
         _mark_split_weights(chunk)
         chunks.append(chunk)
     return chunks

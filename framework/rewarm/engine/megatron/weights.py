@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from rewarm.engine import ranks
-from rewarm.errors import UserError
+from rewarm.errors import UserError, ensure
 from rewarm.model.architecture import Architecture
 from rewarm.model.files import carry_files, written_aside
 from rewarm.model.huggingface import config_for_huggingface
@@ -97,11 +97,14 @@ def fill_weights(chunks: Sequence[torch.nn.Module], architecture: Architecture, 
     with torch.no_grad():
         for place, parameter in places(chunks, architecture):
             shard = read_shard(weights, place, parameter, architecture, rank)
-            assert shard.shape == parameter.shape, (place.names, tuple(shard.shape), tuple(parameter.shape))
+            ensure(
+                shard.shape == parameter.shape,
+                f"{place.names}: shape {tuple(shard.shape)} read for {tuple(parameter.shape)}",
+            )
             parameter.copy_(shard)
             filled.update(place.names)
     missing = _local_names(chunks, architecture) - filled
-    assert not missing, f"the model has no parameter for {sorted(missing)[:3]}"
+    ensure(not missing, f"the model has no parameter for {sorted(missing)[:3]}")
 
 
 def export_weights(

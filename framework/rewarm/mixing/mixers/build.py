@@ -57,13 +57,14 @@ def build_mixer(
     """
     settings = mixture.settings
     if isinstance(settings, VelocituneConfig):
-        targets = by_domain(load_targets(settings.targets), names, "mixture.velocitune.targets")
+        targets = by_domain(load_targets(settings.targets, names), names, "mixture.velocitune.targets")
         return VelocituneMixer(
             names, weights, targets,
             step_size=settings.step_size, floor=settings.floor, learned_margin=settings.learned_margin,
         )  # fmt: skip
     if isinstance(settings, DynamicBatchLoadingConfig):
-        targets = by_domain(load_targets(settings.targets), names, "mixture.dynamic_batch_loading.targets")
+        given_targets = load_targets(settings.targets, names)
+        targets = by_domain(given_targets, names, "mixture.dynamic_batch_loading.targets")
         return DynamicBatchLoadingMixer(names, weights, targets, step_size=settings.step_size, floor=settings.floor)
     if isinstance(settings, DoReMiConfig):
         given = settings.reference
@@ -94,8 +95,8 @@ def build_mixer(
     return StaticMixer(names, weights)
 
 
-def with_targets(mixture: MixtureConfig) -> MixtureConfig:
-    """The section with a file of targets replaced by what it says.
+def with_targets(mixture: MixtureConfig, names: Sequence[str]) -> MixtureConfig:
+    """The section with a file of targets replaced by what it says of the new domains.
 
     A run keeps the numbers, not the name of the file: changed between two resumes it is another stage.
 
@@ -105,12 +106,19 @@ def with_targets(mixture: MixtureConfig) -> MixtureConfig:
     settings = mixture.settings
     if not isinstance(settings, VelocituneConfig | DynamicBatchLoadingConfig):
         return mixture
-    resolved = settings.model_copy(update={"targets": load_targets(settings.targets)})
+    resolved = settings.model_copy(update={"targets": load_targets(settings.targets, names)})
     return mixture.model_copy(update={mixture.mixer: resolved})
 
 
-def load_targets(targets: Mapping[str, float] | str) -> dict[str, float]:
+def load_targets(targets: Mapping[str, float] | str, names: Sequence[str]) -> dict[str, float]:
     """Targets given in place, or read from the file that ``rewarm mixture targets`` wrote.
+
+    A file may hold more domains than the stage weighs, as the old ones that its pilot evaluated too; what is given in
+    place is meant as it stands.
+
+    Args:
+        targets: as configured.
+        names: the new domains.
 
     Raises:
         UserError: if the file cannot be read or holds no targets.
@@ -119,7 +127,8 @@ def load_targets(targets: Mapping[str, float] | str) -> dict[str, float]:
         return dict(targets)
     try:
         value = parse_json(Path(targets).read_text(encoding="utf-8-sig"))["targets"]
-        return {str(name): float(loss) for name, loss in value.items()}
+        found = {str(name): float(loss) for name, loss in value.items()}
+        return {name: found[name] for name in names if name in found}
     except OSError as error:
         raise UserError(
             f"cannot read the targets {targets}: {error.strerror}", fix="make them with: rewarm mixture targets"

@@ -46,5 +46,6 @@ class CheckpointHook(Hook):
         self._saved = run.step
         if run.engine.is_main:
             # After the checkpoint is there: a lineage with tokens stands for one that a resume can go on from.
-            run.stage.lineage(run.last_learning_rate, run.tokens, run.feed.cursors()).save(run.folder)
+            lineage = run.stage.lineage(run.last_learning_rate, run.tokens, run.feed.cursors(), run.tracker.last_losses)
+            lineage.save(run.folder)
         run.tracker.message(f"saved {checkpoint}")

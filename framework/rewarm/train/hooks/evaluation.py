@@ -36,7 +36,7 @@ class EvaluationHook(Hook):
 
     def _evaluate(self, run: Run) -> None:
         settings, vocab_size = run.config.evaluation, run.stage.architecture.vocab_size
-        windows, size = settings.windows_per_domain, settings.micro_batch_size
+        windows, size = settings.windows_per_domain, run.config.evaluation_micro_batch_size
         losses: list[HeldOutLoss] = []
         for domain in run.stage.evaluated:
             if run.poll_stop():

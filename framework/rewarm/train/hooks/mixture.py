@@ -9,11 +9,17 @@ from rewarm.evaluation.held_out import rotated_windows
 from rewarm.mixing.controller import Change, Gradients
 from rewarm.mixing.permutation import order_key
 from rewarm.mixing.weight_log import WeightLog
+from rewarm.tracking.console import weights_line
 from rewarm.tracking.metrics import read_lines
 from rewarm.train.hooks.base import Hook
 
 if TYPE_CHECKING:
     from rewarm.train.run import Run, StepRecord
+
+
+GRADIENT_CHUNK = 8
+"""Windows of one gradient of which the spread is measured. What a forward pass takes at once is the engine's matter:
+the weights must not depend on it."""
 
 
 class MixtureHook(Hook):
@@ -31,6 +37,9 @@ class MixtureHook(Hook):
             self._controller.load_state_dict(run.extra_state["mixture"])
         self._interval = run.config.steps(run.config.evaluation.interval)
         self._log = WeightLog(run.folder / "mixture.jsonl") if run.engine.is_main else None
+        for entry in run.stage.planned:
+            if entry.sample > run.step * run.config.batch.global_batch_size:
+                run.tracker.message(weights_line(entry))
         self._update(run)
 
     def after_step(self, run: Run, record: StepRecord) -> None:
@@ -50,7 +59,7 @@ class MixtureHook(Hook):
             change = run.engine.broadcast(self._propose(run, at_sample, gradients) if run.engine.is_main else None)
             if change is not None:
                 run.feed.schedule(self._controller.commit(change, self._log))
-                run.tracker.message(f"weights from sample {at_sample}: {change.entry.reason}")
+                run.tracker.message(weights_line(change.entry))
         run.extra_state["mixture"] = self._controller.state_dict()
 
     def _gradients(self, run: Run) -> Gradients | None:
@@ -66,7 +75,7 @@ class MixtureHook(Hook):
             key = order_key(config.seed, domain.held_out_fingerprint, 0)
             windows.append(rotated_windows(domain.held_out, count, turn, key))
             domain.check_token_ids(windows[-1], run.stage.architecture.vocab_size, "held-out")
-        found = run.engine.domain_gradients(windows, config.evaluation.micro_batch_size)
+        found = run.engine.domain_gradients(windows, GRADIENT_CHUNK)
         return found.products, found.squared_norms, found.variances
 
     def _propose(self, run: Run, at_sample: int, gradients: Gradients | None) -> Change | None:

@@ -11,8 +11,9 @@ from rewarm.train.hooks.base import Hook
 if TYPE_CHECKING:
     from rewarm.train.run import Run, StepRecord
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-"""SIGTERM: a scheduler's or an operator's stop. SIGINT: the keyboard. SIGUSR2: the usual warning ahead of a limit."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""SIGTERM: a scheduler's or an operator's stop. SIGINT: the keyboard. SIGHUP: the terminal is gone. SIGUSR1 and
+SIGUSR2: the usual warnings ahead of a limit."""
 
 
 class SignalHook(Hook):
@@ -26,7 +27,9 @@ class SignalHook(Hook):
 
     def start(self, run: Run) -> None:
         """Listen."""
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        # Under nohup a terminal that is gone changes nothing.
+        heard = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._note) for number in heard}
         run.poll_stop = lambda: self._poll(run)
 
     def after_step(self, run: Run, record: StepRecord) -> None:
