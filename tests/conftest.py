@@ -7,10 +7,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # A loaded machine must not fail a property; pytest-timeout ends what hangs.
-settings.register_profile("rewarm", deadline=None)
+settings.register_profile("rewarm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("rewarm")
 
 

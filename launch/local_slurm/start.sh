@@ -5,14 +5,17 @@
 #   source /tmp/rewarm-slurm/environment.sh          now sinfo, sbatch and rewarm submit talk to it
 #   bash launch/local_slurm/stop.sh
 # REWARM_LOCAL_SLURM names another folder than /tmp/rewarm-slurm; each folder is one cluster.
+# REWARM_LOCAL_SLURM_PATIENCE multiplies the daemons' time-outs, for a machine on which much else runs (default 1).
 # Partitions: batch (default), low (its jobs are requeued for those of batch), short (at most 2 minutes).
 set -euo pipefail
 num_nodes=${1:-2}
 folder=${REWARM_LOCAL_SLURM:-/tmp/rewarm-slurm}
+patience=${REWARM_LOCAL_SLURM_PATIENCE:-1}
 here=$(cd "$(dirname "$0")" && pwd)
 
 fail() { echo "local_slurm: $*" >&2; exit 1; }
 [[ $num_nodes =~ ^[1-9][0-9]?$ ]] || fail "NODES is '$num_nodes': give a number from 1 to 99"
+[[ $patience =~ ^[1-9][0-9]?$ ]] || fail "REWARM_LOCAL_SLURM_PATIENCE is '$patience': give a number from 1 to 99"
 [ "$(id -u)" = 0 ] || fail "needs root, because slurmd starts jobs for other users"
 for program in munged slurmctld slurmd sinfo; do
     command -v "$program" >/dev/null || PATH=$PATH:/usr/sbin
@@ -62,7 +65,7 @@ SlurmdLogFile=$folder/log/slurmd-%n
 AuthType=auth/munge
 CredType=cred/munge
 # A requeued job waits until its old credential has expired: 120 s by default.
-AuthInfo=cred_expire=5,socket=$folder/munge/socket
+AuthInfo=cred_expire=$((5 * patience)),socket=$folder/munge/socket
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 TaskProlog=$folder/task_prolog
@@ -75,12 +78,15 @@ ReturnToService=2
 JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-SlurmdTimeout=10
-SlurmctldTimeout=10
-KillWait=60
+SlurmdTimeout=$((10 * patience))
+SlurmctldTimeout=$((10 * patience))
+MessageTimeout=$((patience < 10 ? 10 * patience : 100))
+TCPTimeout=$((2 * patience))
+BatchStartTimeout=$((10 * patience))
+KillWait=$((60 * patience))
 InactiveLimit=0
 MinJobAge=300
-UnkillableStepTimeout=60
+UnkillableStepTimeout=$((60 * patience))
 MailProg=/bin/true
 CONF
 for ((node = 1; node <= num_nodes; node++)); do
@@ -88,7 +94,7 @@ for ((node = 1; node <= num_nodes; node++)); do
 done >> "$folder/slurm.conf"
 cat >> "$folder/slurm.conf" <<CONF
 PartitionName=batch Nodes=ALL Default=YES MaxTime=1-00:00:00 PriorityTier=10 State=UP
-PartitionName=low Nodes=ALL MaxTime=1-00:00:00 PriorityTier=1 GraceTime=60 State=UP
+PartitionName=low Nodes=ALL MaxTime=1-00:00:00 PriorityTier=1 GraceTime=$((60 * patience)) State=UP
 PartitionName=short Nodes=ALL MaxTime=2 PriorityTier=10 State=UP
 CONF
 # What is in nodes/NAME is printed for the tasks of that node ("export NAME=value"), so that a test can make one node odd.
@@ -114,7 +120,7 @@ for ((node = 1; node <= num_nodes; node++)); do
     slurmd -N "node$node" </dev/null >>"$folder/log/start" 2>&1
 done
 
-for ((tries = 0; tries < 100; tries++)); do
+for ((tries = 0; tries < 100 * patience; tries++)); do
     ready=$(sinfo --noheader --partition=batch --format=%D --states=idle 2>/dev/null || true)
     if [ "${ready:-0}" = "$num_nodes" ]; then
         echo "local SLURM with $num_nodes nodes is up; next: source $folder/environment.sh"
@@ -124,4 +130,4 @@ for ((tries = 0; tries < 100; tries++)); do
 done
 tail -n 5 "$folder"/log/* >&2
 bash "$here/stop.sh" >&2
-fail "the nodes did not come up within 20 s"
+fail "the nodes did not come up within $((20 * patience)) s"

@@ -23,7 +23,7 @@ def rewarm(folder: Path, num_ranks: int, *arguments: str, kill_after: tuple[str,
         kill_after: a run and a number of its metrics lines after which every rank is killed.
     """
     try:
-        run_ranks(_command, num_ranks, folder, arguments, kill_after, timeout=250.0)
+        run_ranks(_command, num_ranks, folder, arguments, kill_after)
     except RanksFailed as failure:
         if kill_after is None or "Traceback" in str(failure):
             raise

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from patience import PATIENCE
 from rewarm.launch.local import free_port
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -37,7 +38,7 @@ class RanksFailed(AssertionError):
     """One or more ranks raised, died or did not finish; the text holds each one's traceback."""
 
 
-def run_ranks(function: Callable[..., Any], num_ranks: int, *arguments: Any, timeout: float = 120.0) -> list[Any]:
+def run_ranks(function: Callable[..., Any], num_ranks: int, *arguments: Any, timeout: float = PATIENCE) -> list[Any]:
     """Call ``function(*arguments)`` on every rank of a new group.
 
     Args:

@@ -31,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def saved(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Saved:
     """Every case saved on two ranks, and how it went on."""
     folder = tmp_path_factory.mktemp("saved")
-    return folder, run_ranks(workers.save_all, 2, model, list(CASES.values()), folder, timeout=200.0)[0]
+    return folder, run_ranks(workers.save_all, 2, model, list(CASES.values()), folder)[0]
 
 
 def differences(found: list[StepResult], expected: list[StepResult]) -> float:
@@ -43,7 +43,7 @@ def differences(found: list[StepResult], expected: list[StepResult]) -> float:
 def test_same_layout_goes_on_bit_for_bit(model: Path, saved: Saved) -> None:
     folder, expected = saved
     own = [[folder / str(number)] for number in range(len(CASES))]
-    found = run_ranks(workers.load_all, 2, model, list(CASES.values()), own, timeout=250.0)[0]
+    found = run_ranks(workers.load_all, 2, model, list(CASES.values()), own)[0]
     for loaded, went_on in zip(found, expected, strict=True):
         assert [step.loss for step in loaded[0]] == [step.loss for step in went_on]
         assert [step.grad_norm for step in loaded[0]] == [step.grad_norm for step in went_on]
@@ -55,7 +55,7 @@ def test_other_layouts_follow(model: Path, saved: Saved, num_ranks: int) -> None
     folder, expected = saved
     cases = [settings for name, settings in CASES.items() if num_ranks > 1 or name != "tensor"]
     paths = [folder / str(number) for number in range(len(CASES))]
-    for loaded in run_ranks(workers.load_all, num_ranks, model, cases, [paths] * len(cases), timeout=250.0)[0]:
+    for loaded in run_ranks(workers.load_all, num_ranks, model, cases, [paths] * len(cases))[0]:
         for went_on, steps in zip(expected, loaded, strict=True):
             assert differences(steps, went_on) < 1e-5
 

@@ -30,7 +30,7 @@ def test_masked_batches_on_two_groups_of_two_ranks(folder: Path) -> None:
     """Windows, and halves of windows, that count very different numbers of targets; sums of each domain."""
     cases = [STAGES[1], RECOMPUTED]
     plain = list(plain_steps(folder, deepspeed_config(folder), 4, masked=True))
-    for results in run_ranks(workers.train, 4, folder, cases, 4, True, timeout=280.0):
+    for results in run_ranks(workers.train, 4, folder, cases, 4, True):
         for case, found in zip(cases, results, strict=True):
             for step, (ours, (loss, norm, _)) in enumerate(zip(found, plain, strict=True)):
                 assert ours.loss == pytest.approx(loss, abs=1e-6), (case, step)
@@ -43,7 +43,7 @@ def test_masked_batches_on_two_groups_of_two_ranks(folder: Path) -> None:
 
 def test_one_sgd_step_changes_the_weights_by_the_gradient(folder: Path, tmp_path: Path) -> None:
     cases = [{**case, **SGD} for case in STAGES]
-    found = run_ranks(workers.one_step, 2, folder, cases, tmp_path / "out", timeout=280.0)
+    found = run_ranks(workers.one_step, 2, folder, cases, tmp_path / "out")
     _, _, model = next(plain_steps(folder, deepspeed_config(folder, **SGD), 1))
     before = load_file(folder / "model.safetensors")
     for case, after in zip(STAGES, found[0], strict=True):
@@ -57,7 +57,7 @@ def test_evaluation_rehearsal_and_generation(folder: Path) -> None:
     tokens = np.concatenate([global_batch(step).tokens for step in (50, 51)])[:11]
     expected = window_losses(folder, tokens, 3)
     loss, norm, _ = next(plain_steps(folder, deepspeed_config(folder), 1))
-    found = run_ranks(workers.evaluate_all, 2, folder, [STAGES[1], STAGES[3], {"deepspeed": {}}], tokens, timeout=280.0)
+    found = run_ranks(workers.evaluate_all, 2, folder, [STAGES[1], STAGES[3], {"deepspeed": {}}], tokens)
     for *split, whole in found:
         for measured in split:
             np.testing.assert_allclose(measured["losses"], expected, rtol=1e-5)
@@ -71,7 +71,7 @@ def test_evaluation_rehearsal_and_generation(folder: Path) -> None:
 def test_families_whose_attention_can_be_split(tmp_path: Path) -> None:
     """The logits after one step are those of the same step on whole sequences."""
     folders = [write_model(family, tmp_path / family) for family in ("gemma", "gpt_neox", "phi", "olmo2")]
-    split = run_ranks(workers.families, 2, folders, STAGES[1], tmp_path / "split", timeout=280.0)[0]
+    split = run_ranks(workers.families, 2, folders, STAGES[1], tmp_path / "split")[0]
     for folder, ours in zip(folders, split, strict=True):
         _, _, model = next(plain_steps(folder, deepspeed_config(folder), 1))
         trained = load_file(tmp_path / "split" / folder.name / "model.safetensors")
@@ -82,5 +82,5 @@ def test_families_whose_attention_can_be_split(tmp_path: Path) -> None:
 
 
 def test_layer_that_mixes_positions_is_found_out(folder: Path) -> None:
-    for message in run_ranks(workers.mixing_layer, 2, folder, STAGES[1], timeout=200.0):
+    for message in run_ranks(workers.mixing_layer, 2, folder, STAGES[1]):
         assert "parallel.context=2 changes what this llama model computes" in message

@@ -60,7 +60,7 @@ def follow(model: Path, nvme: Path, cases: list[str]) -> list[dict[str, Any]]:
     target = nvme / "saved"
     target.mkdir()
     chosen = [settings(case, nvme) for case in cases]
-    results = run_ranks(workers.save_offloaded, 2, model, chosen, target, timeout=280.0)[0]
+    results = run_ranks(workers.save_offloaded, 2, model, chosen, target)[0]
     saved = [steps for steps, _ in results]
     for case, steps in zip(cases, saved, strict=True):
         for ours, (loss, norm) in zip(steps, plain[3:], strict=True):
@@ -68,7 +68,7 @@ def follow(model: Path, nvme: Path, cases: list[str]) -> list[dict[str, Any]]:
             assert ours.grad_norm == pytest.approx(norm, rel=1e-6), case
     paths = [target / str(number) for number in range(len(cases))]
     other = [*chosen, settings("neither", nvme)]
-    loaded = run_ranks(workers.load_all, 2, model, other, [paths] * len(other), timeout=280.0)[0]
+    loaded = run_ranks(workers.load_all, 2, model, other, [paths] * len(other))[0]
     for name, found in zip([*cases, "neither"], loaded, strict=True):
         for case, went_on, steps in zip(cases, saved, found, strict=True):
             for ours, theirs in zip(steps, went_on, strict=True):

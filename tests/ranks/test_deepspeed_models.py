@@ -26,7 +26,7 @@ def test_exports_of_five_families_load_in_transformers(folders: dict[str, Path],
     from transformers import AutoModelForCausalLM
 
     settings = {"deepspeed": {"zero_stage": 3}}
-    logits = run_ranks(workers.families, 2, list(folders.values()), settings, tmp_path, timeout=250.0)[0]
+    logits = run_ranks(workers.families, 2, list(folders.values()), settings, tmp_path)[0]
     inputs = torch.from_numpy(global_batch(9).tokens[0, :11])[None]
     for (family, folder), ours in zip(folders.items(), logits, strict=True):
         model, report = AutoModelForCausalLM.from_pretrained(tmp_path / family, output_loading_info=True)
@@ -51,7 +51,7 @@ def test_evaluation_rehearsal_and_bad_gradients(folders: dict[str, Path]) -> Non
     cases += [{**case, "precision": "bfloat16"} for case in [*cases[1:4], *offloaded]]
     loss, norm, model = next(plain_steps(folder, deepspeed_config(folder), 1))
     size = sum(parameter.numel() for parameter in model.parameters())
-    for measured in run_ranks(workers.evaluate_all, 2, folder, cases, tokens, timeout=250.0):
+    for measured in run_ranks(workers.evaluate_all, 2, folder, cases, tokens):
         for case, found in zip(cases, measured, strict=True):
             half = "precision" in case
             np.testing.assert_allclose(found["losses"], expected, rtol=1e-3 if half else 1e-5, err_msg=str(case))

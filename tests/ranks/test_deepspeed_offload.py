@@ -31,7 +31,7 @@ def test_every_stage_has_the_bits_of_the_plain_run(folder: Path, disk: Path) -> 
     """Fifty steps at stage 2 in bfloat16, eight with 8-bit moments, fifteen elsewhere."""
     each = {name: 7 if name == "stage 2, bfloat16" else 1 if "8 bits" in name else 2 for name in CASES}
     cases = [(settings, each[name]) for name, settings in CASES.items()]
-    for outcomes in run_ranks(workers.compare, 2, folder, cases, disk, timeout=280.0):
+    for outcomes in run_ranks(workers.compare, 2, folder, cases, disk):
         for name, outcome in zip(CASES, outcomes, strict=True):
             assert all(outcome["losses"]) and all(outcome["norms"]) and all(outcome["state"]), (name, outcome)
             assert outcome["subgroups"] >= 5 and outcome["clipped"] > 3, (name, outcome)

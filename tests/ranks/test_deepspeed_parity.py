@@ -49,7 +49,7 @@ def reference(folder: Path, steps: int, *, masked: bool = False, **settings: Any
 
 def trainer(folder: Path, cases: dict[str, dict[str, Any]]) -> Callable[[str], list[list[StepResult]]]:
     """Results of all cases, on every rank, from a single start of the ranks."""
-    found = run_ranks(workers.train, 2, folder, list(cases.values()), STEPS, timeout=280.0)
+    found = run_ranks(workers.train, 2, folder, list(cases.values()), STEPS)
     return lambda name: [results[list(cases).index(name)] for results in found]
 
 
@@ -92,7 +92,7 @@ def test_one_sgd_step_changes_the_weights_by_the_gradient(folder: Path, tmp_path
     """Adam hides a wrong scale of the gradient; a plain step does not."""
     sgd = {"optimizer": {"name": "sgd", "weight_decay": 0.0, "gradient_clipping": 0.0}}
     cases = [{**FP32[name], **sgd} for name in FP32]
-    found = run_ranks(workers.one_step, 2, folder, cases, tmp_path / "export", timeout=280.0)
+    found = run_ranks(workers.one_step, 2, folder, cases, tmp_path / "export")
     _, _, model = next(plain_steps(folder, deepspeed_config(folder, **sgd), 1))
     before = load_file(folder / "model.safetensors")
     for case, after in zip(FP32, found[0], strict=True):
@@ -107,6 +107,6 @@ def test_masked_targets_count_equally_over_the_whole_batch(folder: Path) -> None
     """Ranks and micro-batches with different numbers of targets: the mean is over the targets, not over the ranks."""
     cases = [{"deepspeed": {"zero_stage": stage}, "optimizer": {"gradient_clipping": 0.0}} for stage in range(4)]
     expected = reference(folder, 4, masked=True, optimizer={"gradient_clipping": 0.0})
-    for results in run_ranks(workers.train, 2, folder, cases, 4, True, timeout=200.0):
+    for results in run_ranks(workers.train, 2, folder, cases, 4, True):
         for found in results:
             check(found, expected, loss=1e-6, norm=1e-6)

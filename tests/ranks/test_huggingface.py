@@ -60,7 +60,7 @@ def _check(folders: Path, output: Path, name: str, results: list[dict[str, dict[
 def test_round_trip_is_bit_exact_and_logits_are_those_of_transformers(
     settings: dict[str, Any], num_ranks: int, names: tuple[str, ...], folders: Path, tmp_path: Path
 ) -> None:
-    results = run_ranks(round_trips, num_ranks, folders, names, tmp_path, settings, TOKENS, "float32", timeout=240)
+    results = run_ranks(round_trips, num_ranks, folders, names, tmp_path, settings, TOKENS, "float32")
     for name in names:
         _check(folders, tmp_path, name, results)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from patience import PATIENCE
 from rewarm.data.indexed import IndexedWriter, token_dtype
 
 VOCAB = 300
@@ -75,7 +76,7 @@ class Workplace:
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
-    def run(self, *arguments: str, expect: int = 0, timeout: float = 120) -> str:
+    def run(self, *arguments: str, expect: int = 0, timeout: float = PATIENCE) -> str:
         """Run ``rewarm`` to its end and return what it printed; the exit status must be as expected."""
         process = self.start(*arguments)
         try:

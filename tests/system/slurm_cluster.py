@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from patience import PATIENCE, slowness
 from system.conftest import Workplace, write_domain
 
 ROOT = Path(__file__).parents[2]
@@ -70,12 +71,12 @@ class Cluster(Workplace):
     def command(self, *command: str, check: bool = True) -> str:
         """Standard output of a command."""
         result = subprocess.run(
-            command, cwd=self.folder, env=self.environment(), text=True, capture_output=True, timeout=120
+            command, cwd=self.folder, env=self.environment(), text=True, capture_output=True, timeout=PATIENCE
         )
         assert not check or result.returncode == 0, f"{command}: {result.stdout}{result.stderr}"
         return result.stdout.strip()
 
-    def submit(self, name: str, *arguments: str, nodes: int = 2, ranks: int = 1, time: str = "10") -> list[str]:
+    def submit(self, name: str, *arguments: str, nodes: int = 2, ranks: int = 1, time: str = "120") -> list[str]:
         """Submit the tiny stage under a name; returns the ids of its jobs."""
         shape = ["--nodes", str(nodes), "--ranks-per-node", str(ranks), "--time", time, "--warning", "5"]
         self.run("submit", "stage.yaml", f"name={name}", *shape, *arguments)
@@ -96,21 +97,20 @@ class Cluster(Workplace):
         """The hosts in a node list of a job."""
         return sorted(self.command("scontrol", "show", "hostnames", self.field(job, name)).split())
 
-    def wait(self, what: str, condition: Callable[[], bool], seconds: float = 120, *, pause: float = 0.1) -> None:
+    def wait(self, what: str, condition: Callable[[], bool], *, pause: float = 0.1) -> None:
         """Wait for something, and show the cluster's state if it does not come."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + PATIENCE
         while not condition():
             if time.monotonic() > deadline:
-                pytest.fail(f"waited {seconds:.0f} s for {what}\n{self.report()}")
+                pytest.fail(f"waited {PATIENCE:.0f} s for {what}\n{self.report()}")
             time.sleep(pause)
 
-    def wait_for_end(self, *jobs: str, seconds: float = 150) -> None:
+    def wait_for_end(self, *jobs: str) -> None:
         """Wait until jobs have left the queue."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "")
         self.wait(
             f"the end of {jobs}",
             lambda: all(self.state_of(job).split(" ")[0] in ended for job in jobs),
-            seconds,
             pause=0.5,
         )
 
@@ -170,10 +170,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     # A socket's path must be short.
     state = Path(tempfile.mkdtemp(prefix="rewarm-slurm-", dir="/tmp")) / "c"
     scripts = ROOT / "launch" / "local_slurm"
-    environment = {**os.environ, "REWARM_LOCAL_SLURM": str(state)}
+    # Daemons that get little time answer late, and must not count as dead.
+    patience = max(1, round(1.5 * slowness() - 0.5))
+    environment = {**os.environ, "REWARM_LOCAL_SLURM": str(state), "REWARM_LOCAL_SLURM_PATIENCE": str(patience)}
     try:
-        subprocess.run(["bash", str(scripts / "start.sh"), "4"], env=environment, check=True, timeout=60)
+        subprocess.run(["bash", str(scripts / "start.sh"), "4"], env=environment, check=True, timeout=PATIENCE)
         yield Cluster(folder, state)
     finally:
-        subprocess.run(["bash", str(scripts / "stop.sh")], env=environment, check=True, timeout=60)
+        subprocess.run(["bash", str(scripts / "stop.sh")], env=environment, check=True, timeout=PATIENCE)
         shutil.rmtree(state.parent)

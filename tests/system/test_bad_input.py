@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from patience import PATIENCE
 from rewarm.data.indexed import IndexedWriter, token_dtype
 from system.conftest import Workplace, write_domain
 
@@ -111,7 +112,7 @@ def test_ranks_that_torchrun_started_must_divide(place: Workplace) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m", "rewarm"]
     ran = subprocess.run(
         [*command, "train", "continue.yaml", "name=bad", "parallel.tensor=2"],
-        cwd=place.folder, env=place.environment(), text=True, capture_output=True, timeout=120,
+        cwd=place.folder, env=place.environment(), text=True, capture_output=True, timeout=PATIENCE,
     )  # fmt: skip
     assert ran.returncode != 0
     assert "3 ranks cannot be shared by parallel.tensor=2" in ran.stderr
@@ -185,14 +186,14 @@ def test_full_disk_while_saving_loses_nothing(workplace: Workplace, small: Path,
     checkpoints = small / "continue" / "checkpoints"
     process = workplace.start(*arguments)
     try:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + PATIENCE
         while not (checkpoints / "latest").exists():
             assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
             time.sleep(0.01)
         with pytest.raises(OSError, match="No space"), open(small / "filler", "wb", buffering=0) as filler:
             while True:
                 filler.write(bytes(1 << 14))
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=PATIENCE)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from patience import PATIENCE
 from rewarm.resilience.status import read_status
 from system.conftest import Workplace
 
@@ -18,7 +19,7 @@ LONG = ("train", "base.yaml", "name=long", "duration=100000 steps", "parallel.da
 
 def ranks_of(launcher: subprocess.Popen[str]) -> list[int]:
     """Process ids of the ranks, in order, once all are there."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
         if len(children) == 2:
@@ -48,7 +49,7 @@ def test_a_killed_rank_is_named_and_not_what_the_others_say_of_it(workplace: Wor
         ranks = ranks_of(launcher)
         read_until(launcher, "step 1/")
         os.kill(ranks[1], signal.SIGKILL)
-        output, _ = launcher.communicate(timeout=60)
+        output, _ = launcher.communicate(timeout=PATIENCE)
     finally:
         launcher.kill()
     assert launcher.returncode == 128 + signal.SIGKILL
@@ -63,7 +64,7 @@ def test_a_stop_before_the_first_step_says_so(workplace: Workplace, number: sign
     try:
         wait_for_lock(workplace, launcher)
         launcher.send_signal(number)
-        output, _ = launcher.communicate(timeout=60)
+        output, _ = launcher.communicate(timeout=PATIENCE)
     finally:
         launcher.kill()
     assert launcher.returncode == 128 + number
@@ -75,7 +76,7 @@ def test_an_interrupt_of_one_process_before_the_first_step_says_so(workplace: Wo
     try:
         wait_for_lock(workplace, process)
         process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=PATIENCE)
     finally:
         process.kill()
     assert (process.returncode, output) == (130, "rewarm: interrupted\n")

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from patience import PATIENCE
 from rewarm.launch.local import free_port
 from system.conftest import BASE, Workplace, write_domain
 
@@ -43,7 +44,6 @@ CASES = {
 }
 
 
-@pytest.mark.timeout(290)
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_of_another_launcher(place: Workplace, case: str, without_timing: Callable[[Lines], Lines]) -> None:
     script, engine, machines = CASES[case]
@@ -57,7 +57,7 @@ def test_two_ranks_of_another_launcher(place: Workplace, case: str, without_timi
         for machine in machines
     ]  # fmt: skip
     try:
-        outputs = [process.communicate(timeout=250)[0] for process in started]
+        outputs = [process.communicate(timeout=PATIENCE)[0] for process in started]
     finally:
         for process in started:
             if process.poll() is None:

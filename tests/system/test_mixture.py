@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
+from patience import PATIENCE
 from rewarm.mixing.weights import TOTAL
 from system.conftest import Workplace
 
@@ -22,13 +23,13 @@ def kill_after_line(place: Workplace, number: int, *arguments: str) -> None:
     """Train and kill once the metrics file has that many lines."""
     process = place.start("train", *arguments)
     metrics = place.folder / "runs" / "continue" / "metrics.jsonl"
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + PATIENCE
     while process.poll() is None and time.monotonic() < deadline:
         if metrics.exists() and metrics.read_text().count("\n") >= number:
             break
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
-    process.communicate(timeout=30)
+    process.communicate(timeout=PATIENCE)
 
 
 def test_killed_on_two_ranks_and_resumed_on_one_it_keeps_to_the_log(workplace: Workplace) -> None:

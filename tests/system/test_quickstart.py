@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from patience import PATIENCE
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -25,7 +27,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def shell(place: Path, command: str, timeout: float = 280) -> str:
+def shell(place: Path, command: str, timeout: float = PATIENCE) -> str:
     """Run a command with the interpreter of the tests instead of a new environment."""
     environment = {
         **os.environ,
@@ -64,7 +66,10 @@ def test_quickstart_twice_and_its_configs_on_four_ranks(place: Path, first: str)
     check_exports(again)
     table = [line for line in first.splitlines() if "learned" in line or "forgot" in line]
     assert table == [line for line in again.splitlines() if "learned" in line or "forgot" in line] and len(table) >= 4
-    assert (place / "runs" / "quickstart-continue" / "huggingface" / "model.safetensors").exists()
+    export = place / "runs" / "quickstart-continue" / "huggingface"
+    assert (export / "model.safetensors").exists()
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((export / name).read_text())["eos_token_id"] == 0, "nothing would end what the model writes"
     # The same stage on four ranks, as in the README, ends where one process did.
     command = "rewarm train configs/quickstart/continue.yaml parallel.tensor=2 parallel.pipeline=2"
     assert command in (ROOT / "README.md").read_text()

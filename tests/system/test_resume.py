@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from patience import PATIENCE
 from system.conftest import Workplace
 
 Lines = list[dict[str, Any]]
@@ -21,7 +22,7 @@ def kill_after_line(place: Workplace, number: int, *arguments: str, sent: signal
     """Train and send a signal once the metrics file has that many lines; returns the exit status."""
     process = place.start("train", "continue.yaml", *arguments)
     file = place.folder / "runs" / "continue" / "metrics.jsonl"
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + PATIENCE
     try:
         while not file.exists() or file.read_text().count("\n") < number:
             assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
@@ -30,7 +31,7 @@ def kill_after_line(place: Workplace, number: int, *arguments: str, sent: signal
             os.killpg(process.pid, sent)
         else:
             process.send_signal(sent)
-        return process.wait(60)
+        return process.wait(PATIENCE)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 
+from patience import PATIENCE
 from rewarm.launch.records import attempts
 from system.conftest import write_domain
 from system.slurm_cluster import ROOT, STAGE, STEPS, Cluster, needs_slurm
 from system.slurm_cluster import cluster as cluster
 from wandb_files import read_history
 
-pytestmark = [*needs_slurm, pytest.mark.timeout(240)]
+pytestmark = needs_slurm
 
 Lines = list[dict[str, Any]]
 
@@ -28,6 +29,14 @@ def reference(cluster: Cluster) -> Lines:
     """The metrics of a run on two ranks that nothing interrupts, without SLURM."""
     cluster.run("train", "stage.yaml", "name=reference", "parallel.data=2")
     return cluster.lines("reference")
+
+
+@pytest.fixture
+def short_limit(cluster: Cluster) -> str:
+    """Minutes in which a run surely takes its first steps, and which a test can wait for."""
+    began = time.monotonic()
+    cluster.run("train", "stage.yaml", "name=pace", "parallel.data=2", "stop_at=5 steps")
+    return str(1 + int(2 * (time.monotonic() - began) / 60))
 
 
 @pytest.fixture
@@ -47,12 +56,14 @@ def outcomes(cluster: Cluster, name: str) -> list[str]:
     return [attempt.outcome for attempt in attempts(cluster.folder / "runs" / name)]
 
 
-def test_time_limit_saves_requeues_and_finishes(cluster: Cluster, check_same: Callable[[str], None]) -> None:
+def test_time_limit_saves_requeues_and_finishes(
+    cluster: Cluster, check_same: Callable[[str], None], short_limit: str
+) -> None:
     wandb = "tracking.wandb.mode=offline"
-    (job,) = cluster.submit("limit", wandb, "--until-done", "--partition", "short", time="1")
+    (job,) = cluster.submit("limit", wandb, "--until-done", time=short_limit)
     with cluster.frozen("limit", 5):
-        cluster.wait("SLURM's warning", lambda: cluster.log_says(f"warning signal 12 to JobId={job}\n"), 70)
-    cluster.wait("the requeue", lambda: cluster.field(job, "Restarts") == "1", 30)
+        cluster.wait("SLURM's warning", lambda: cluster.log_says(f"warning signal 12 to JobId={job}\n"))
+    cluster.wait("the requeue", lambda: int(cluster.field(job, "Restarts")) >= 1)
     cluster.wait_for_end(job)
     *limited, last = outcomes(cluster, "limit")
     # A slow machine may reach the limit more than once.
@@ -73,7 +84,7 @@ def test_preempted_by_a_higher_priority(cluster: Cluster, check_same: Callable[[
     with cluster.frozen("preempted", 5):
         wrap = ["sbatch", "--parsable", "--partition=batch", "--nodes=4", "--exclusive", "--wrap=sleep 1"]
         other = cluster.command(*wrap, "--output=/dev/null")
-        cluster.wait("the preemption", lambda: cluster.log_says(f"grace time for JobId={job} "), 60)
+        cluster.wait("the preemption", lambda: cluster.log_says(f"grace time for JobId={job} "))
     cluster.wait_for_end(other, job)
     assert outcomes(cluster, "preempted") == ["stopped", "finished"]
     check_same("preempted")
@@ -81,16 +92,15 @@ def test_preempted_by_a_higher_priority(cluster: Cluster, check_same: Callable[[
 
 def test_a_lost_node_is_replaced(cluster: Cluster, check_same: Callable[[str], None]) -> None:
     (job,) = cluster.submit("lost")
-    cluster.wait("step 25", lambda: cluster.steps("lost") >= 25, pause=0.002)
-    nodes = cluster.hosts(job, "NodeList")
-    daemon = int((cluster.state / "pid" / f"slurmd-{nodes[1]}").read_text())
-    with cluster.frozen("lost", 25):
+    with cluster.frozen("lost", 15):
+        nodes = cluster.hosts(job, "NodeList")
+        daemon = int((cluster.state / "pid" / f"slurmd-{nodes[1]}").read_text())
         os.kill(daemon, signal.SIGKILL)
-        cluster.wait("the requeue", lambda: cluster.field(job, "Restarts") == "1", 90)
-    cluster.wait("the second attempt", lambda: cluster.field(job, "JobState") == "RUNNING", 60)
+        cluster.wait("the requeue", lambda: int(cluster.field(job, "Restarts")) >= 1)
+    cluster.wait("the second attempt", lambda: cluster.field(job, "JobState") == "RUNNING")
     assert nodes[1] not in cluster.hosts(job, "NodeList")
     cluster.wait_for_end(job)
-    subprocess.run(["slurmd", "-N", nodes[1]], env=cluster.environment(), check=True, timeout=20)
+    subprocess.run(["slurmd", "-N", nodes[1]], env=cluster.environment(), check=True, timeout=PATIENCE)
     assert outcomes(cluster, "lost")[-1] == "finished"
     check_same("lost")
 
@@ -141,11 +151,11 @@ def test_a_sweep_of_four(cluster: Cluster, reference: Lines) -> None:
         (cluster.folder / f"{name}.yaml").write_text(text)
     os.symlink(ROOT / "framework", cluster.folder / "framework")
     job = cluster.command(
-        "sbatch", "--parsable", "--array=0-3%2", "--nodes=1", "--ntasks-per-node=1", "--time=10",
+        "sbatch", "--parsable", "--array=0-3%2", "--nodes=1", "--ntasks-per-node=1", "--time=120",
         str(ROOT / "launch" / "slurm" / "sweep.sbatch"), *[f"{name}.yaml" for name in names], "stop_at=10 steps",
     )  # fmt: skip
-    cluster.wait("the sweep", lambda: all(outcomes(cluster, name) == ["paused"] for name in names), 220, pause=0.5)
-    cluster.wait("its end", lambda: not cluster.command("squeue", "--noheader", "--jobs", job, check=False), 60)
+    cluster.wait("the sweep", lambda: all(outcomes(cluster, name) == ["paused"] for name in names), pause=0.5)
+    cluster.wait("its end", lambda: not cluster.command("squeue", "--noheader", "--jobs", job, check=False))
     runs = {name: cluster.lines(name) for name in names}
     assert [len(lines) for lines in runs.values()] == [10] * 4
     assert len({lines[-1]["loss"] for lines in runs.values()}) == 4
@@ -171,7 +181,7 @@ def test_an_unfit_node_is_named_and_avoided(cluster: Cluster, check_same: Callab
     odd.write_text("export SLURM_GPUS_ON_NODE=8\n")
     try:
         (job,) = cluster.submit("unfit", "--exclude", "node4")
-        cluster.wait("the exclusion", lambda: cluster.hosts(job, "ExcNodeList") == ["node1", "node4"], 90)
+        cluster.wait("the exclusion", lambda: cluster.hosts(job, "ExcNodeList") == ["node1", "node4"])
         cluster.wait_for_end(job)
     finally:
         odd.unlink()
@@ -182,10 +192,11 @@ def test_an_unfit_node_is_named_and_avoided(cluster: Cluster, check_same: Callab
 
 def test_what_would_fail_again_is_not_requeued(cluster: Cluster) -> None:
     write_domain(cluster.folder / "gone", 2)
-    jobs = cluster.submit("hopeless", "data={gone: gone}", "--chain", "3", "--option", "begin=now+3")
+    jobs = cluster.submit("hopeless", "data={gone: gone}", "--chain", "3", "--option", "hold")
     for suffix in ("bin", "idx"):
         (cluster.folder / f"gone.{suffix}").unlink()
-    cluster.wait_for_end(*jobs, seconds=60)
+    cluster.command("scontrol", "release", *jobs)
+    cluster.wait_for_end(*jobs)
     assert outcomes(cluster, "hopeless") == ["refused"]
     assert "not queued again" in cluster.output("hopeless") and "gone" in cluster.output("hopeless")
     assert cluster.field(jobs[0], "ExitCode") == "2:0"
@@ -195,10 +206,10 @@ def test_what_would_fail_again_is_not_requeued(cluster: Cluster) -> None:
 def test_crashes_are_retried_only_while_they_bear_fruit(cluster: Cluster) -> None:
     (job,) = cluster.submit("crashing", "checkpoint.interval=null")
     for attempt in range(3):
-        cluster.wait(f"attempt {attempt}", lambda: len(cluster.rank_processes("crashing")) == 2, 90)
+        cluster.wait(f"attempt {attempt}", lambda: len(cluster.rank_processes("crashing")) == 2)
         time.sleep(0.3)
         os.kill(cluster.rank_processes("crashing")[0], signal.SIGKILL)
-        cluster.wait("its end", lambda n=attempt + 1: outcomes(cluster, "crashing") == ["crashed"] * n, 60)
+        cluster.wait("its end", lambda n=attempt + 1: outcomes(cluster, "crashing") == ["crashed"] * n)
     cluster.wait_for_end(job)
     assert "giving up: 3 attempts in a row left no newer checkpoint" in cluster.output("crashing")
     assert cluster.field(job, "JobState") == "FAILED"

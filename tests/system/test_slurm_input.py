@@ -11,7 +11,7 @@ from rewarm.resilience.lock import RunLock
 from system.slurm_cluster import Cluster, needs_slurm
 from system.slurm_cluster import cluster as cluster
 
-pytestmark = [*needs_slurm, pytest.mark.timeout(240)]
+pytestmark = needs_slurm
 
 GOOD = {"--nodes": "2", "--ranks-per-node": "1", "--time": "10"}
 

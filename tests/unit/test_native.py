@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from patience import PATIENCE
 from rewarm import native
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +27,7 @@ def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "CUDA_HOME": "/nonexistent", **environment},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=PATIENCE,
     )
 
 
@@ -55,7 +56,9 @@ def test_this_tree_has_its_library_built() -> None:
 def test_loading_needs_neither_torch_nor_numpy() -> None:
     code = "import sys; from rewarm import native; native.load(); print({'torch', 'numpy'} & set(sys.modules))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "framework")}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert result.stdout.strip() == "set()", result.stderr
 
 
@@ -161,6 +164,6 @@ def test_cuda_sources_compile(architecture: str, tmp_path: Path) -> None:
         output = tmp_path / f"{source.stem}.o"
         command = ["nvcc", "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-Werror", "all-warnings"]
         command += ['-DREWARM_BUILD="test"', "-c", str(source), "-o", str(output)]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
         assert result.returncode == 0, result.stderr
         assert output.stat().st_size > 0

@@ -358,10 +358,10 @@ def _import_problem(name: str) -> str | None:
     """Why a module cannot be imported, or None; a crash or a hang of its binary does not reach this process."""
     try:
         run = subprocess.run(
-            [sys.executable, "-c", f"import {name}"], capture_output=True, text=True, timeout=300, check=False
+            [sys.executable, "-c", f"import {name}"], capture_output=True, text=True, timeout=900, check=False
         )
     except subprocess.TimeoutExpired:
-        return "no end after five minutes"
+        return "no end after fifteen minutes"
     if run.returncode == 0:
         return None
     return run.stderr.strip().splitlines()[-1] if run.stderr.strip() else f"exit status {run.returncode}"
@@ -370,7 +370,7 @@ def _import_problem(name: str) -> str | None:
 def _first_line(command: list[str]) -> str:
     """A program's answer about its version: the line that says release, else the first."""
     try:
-        output = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout
+        output = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False).stdout
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"does not run: {error}"
     lines = [line.strip() for line in output.splitlines() if line.strip()]

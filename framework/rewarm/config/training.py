@@ -104,6 +104,8 @@ class ScheduleConfig(Section):
                 f"schedule.cooldown={self.cooldown} leaves a jump from schedule.peak={self.peak} to "
                 f"schedule.plateau={self.plateau}: lengthen the cooldown or set peak to the plateau"
             )
+        if self.plateau == self.peak and self.cooldown not in (type(self).model_fields["cooldown"].default, "0 steps"):
+            raise ignored("schedule.cooldown", f"schedule.plateau={self.plateau}, which is the peak", self.cooldown)
         if self.start and parse_duration(self.warmup)[0] == 0:
             raise ignored("schedule.start", f"schedule.warmup={self.warmup}", self.start)
         self._check_decay()

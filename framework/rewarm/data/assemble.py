@@ -17,6 +17,7 @@ from rewarm.data.domain import DIGEST, DOMAIN_FILE, file_digest, info_digest
 from rewarm.data.indexed import IndexedWriter
 from rewarm.data.parts import Batch, PartInfo, part_path, read_part, read_table
 from rewarm.data.split import HeldOutBy, first_occurrences, held_out_mask
+from rewarm.errors import ensure
 
 REJECTS_FILE = "rejects.jsonl"
 _SHOWN_REJECTS = 5
@@ -169,4 +170,4 @@ def assemble(
     except BaseException:
         result.abort()
         raise
-    assert first == len(result.hashes)
+    ensure(first == len(result.hashes), "a part is missing from the whole")

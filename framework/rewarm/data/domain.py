@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,7 +56,7 @@ class Domain:
     info: dict[str, Any] = field(default_factory=dict)
     """All of ``domain.json``; empty for a bare pair."""
 
-    @property
+    @cached_property
     def held_out_fingerprint(self) -> str:
         """Of the content of the held-out split, wherever it lies; 32 hexadecimal digits."""
         known = self.info.get("held_out", {}).get("content_hash") if self.settings.held_out is None else None

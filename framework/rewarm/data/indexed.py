@@ -11,6 +11,7 @@ Opening reads a few dozen bytes whatever the size: the tables are never loaded.
 
 from __future__ import annotations
 
+import functools
 import os
 import struct
 from collections.abc import Iterable
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from rewarm.errors import UserError
+from rewarm.errors import UserError, ensure
 
 MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -28,6 +29,9 @@ _DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np
 _CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
 MAX_SEQUENCE_TOKENS = 2**31 - 1
 """Longest document that one entry of the index can describe."""
+MAX_MAPS = 256
+"""Token files that a process keeps mapped, those last read: a thousand domains would take up all the files that it may
+have open, which is 1024 by default. Mapping one again takes a few system calls."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -110,11 +114,11 @@ class IndexedTokens:
                 raise UserError(f"{path} does not exist", fix="a domain needs both a .bin and an .idx file")
         self.header = read_header(self.idx_path)
         self.dtype = self.header.dtype
-        self.num_bytes = self.bin_path.stat().st_size
+        status = self.bin_path.stat()
+        self.num_bytes, self._modified = status.st_size, status.st_mtime_ns
         self._check_pair()
         self.num_tokens = self.num_bytes // self.dtype.itemsize
         self.num_documents = max(0, self.header.num_document_entries - 1)
-        self._tokens: np.ndarray | None = None
 
     def _check_pair(self) -> None:
         header, expected, closing = self.header, 0, 0
@@ -155,11 +159,10 @@ class IndexedTokens:
 
     @property
     def tokens(self) -> np.ndarray:
-        """[num_tokens] of the type on disk, memory mapped and read only."""
-        if self._tokens is None:
-            empty = self.num_tokens == 0
-            self._tokens = np.empty(0, self.dtype) if empty else np.memmap(self.bin_path, dtype=self.dtype, mode="r")
-        return self._tokens
+        """[num_tokens] of the type on disk, memory mapped and read only. Do not keep it: each map holds a file open."""
+        if self.num_tokens == 0:
+            return np.empty(0, self.dtype)
+        return _map(str(self.bin_path), self.dtype.str, self.num_bytes, self._modified)
 
     def document_start(self, document: int) -> int:
         """Token at which a document starts; ``num_documents`` gives the end of the stream."""
@@ -193,6 +196,26 @@ class IndexedTokens:
         return self.tokens[self.document_start(document) : self.document_start(document + 1)]
 
 
+@functools.lru_cache(maxsize=MAX_MAPS)
+def _map(path: str, dtype: str, num_bytes: int, modified: int) -> np.ndarray:
+    """The tokens of a file that has not changed since it was opened.
+
+    Raises:
+        UserError: if it has.
+    """
+    try:
+        with open(path, "rb") as stream:
+            status = os.fstat(stream.fileno())
+            if (status.st_size, status.st_mtime_ns) == (num_bytes, modified):
+                return np.memmap(stream, dtype=dtype, mode="r")
+    except FileNotFoundError:
+        pass
+    raise UserError(
+        f"{path} was changed or removed while it is in use",
+        fix="leave the token files of a run as they are: build other content to another folder",
+    )
+
+
 def _read(descriptor: int, layout: str, offset: int) -> tuple[Any, ...]:
     return struct.unpack(layout, os.pread(descriptor, struct.calcsize(layout), offset))
 
@@ -218,7 +241,10 @@ class IndexedWriter:
             lengths: tokens of each document.
         """
         table = np.fromiter(lengths, np.int32) if not isinstance(lengths, np.ndarray) else lengths.astype(np.int32)
-        assert tokens.dtype == self.dtype and int(table.sum(dtype=np.int64)) == len(tokens)
+        ensure(
+            tokens.dtype == self.dtype and int(table.sum(dtype=np.int64)) == len(tokens),
+            "tokens of another type or number than the documents say",
+        )
         self._bin.write(np.ascontiguousarray(tokens).data)
         self._lengths.append(table)
 

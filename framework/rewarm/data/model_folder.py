@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ TOKENIZER_FILES = (
     "additional_chat_templates/*.jinja",
 )
 """Names of what a tokenizer consists of in a Hugging Face folder."""
+_MODEL_FILES = ("config.json", "lineage.json", "*.safetensors", "*.bin", "*.index.json", "*.py")
 MAX_BYTES = 256 * 2**20
 """Largest file that is taken for a part of a tokenizer; the largest known are a tenth of it."""
 
@@ -102,9 +104,18 @@ def list_files(folder: str | Path, patterns: tuple[str, ...], limit: int = MAX_B
         if (folder / name).is_dir() and not (folder / name).is_symlink():
             continue
         real = find_file(folder, name, limit)
-        assert real is not None, f"{folder / name} went away"
-        found[name] = real
+        if real is not None:  # it may go away between the two looks
+            found[name] = real
     return found
+
+
+def check_model_folder(folder: str | Path) -> None:
+    """Refuse a model folder in which weights, configuration, code or tokenizer are not files of its own.
+
+    Raises:
+        UserError: as :func:`find_file`.
+    """
+    list_files(folder, (*_MODEL_FILES, *TOKENIZER_FILES), limit=sys.maxsize)
 
 
 def read_json(folder: str | Path, name: str) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -58,9 +59,13 @@ def encode_batches(
                 yield _count(place, encode_batch(batch, settings, folder, on_bytes))
         return
     context = multiprocessing.get_context("spawn")
-    counter, stop = context.Value("q", 0), context.Event()
+    counter = context.Value("q", 0)
+    others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(
-        processes, mp_context=context, initializer=_start_worker, initargs=(counter, stop, workers // processes)
+        processes,
+        mp_context=context,
+        initializer=_start_worker,
+        initargs=(counter, os.getpid(), workers // processes),
     ) as pool:
         try:
             futures = [
@@ -73,8 +78,10 @@ def encode_batches(
                 fix="run the same command again with fewer --workers: what is done is kept",
             ) from error
         finally:
-            stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
+            # Parts are whole or not there, so that nothing is lost by not waiting for those in hand.
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.kill()
 
 
 def _drain(pending: set[Future[BatchCounts]], counter: Any, on_bytes: Callable[[int], None]) -> Iterator[BatchCounts]:
@@ -107,20 +114,28 @@ def _tokenizer_threads(workers: int) -> Iterator[None]:
 
 
 _counter: Any = None
-_stop: Any = None
+_PR_SET_PDEATHSIG = 1
 
 
-class _Stopped(Exception):
-    """The build ends early; the part in hand is given up."""
-
-
-def _start_worker(counter: Any, stop: Any, threads: int) -> None:
-    global _counter, _stop
-    _counter, _stop = counter, stop
+def _start_worker(counter: Any, parent: int, threads: int) -> None:
+    global _counter
+    _counter = counter
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
     os.environ["RAYON_NUM_THREADS"] = str(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A parent that is killed cannot tell its workers; they would wait for work for ever.
+    _end_with(parent)
+
+
+def _end_with(parent: int) -> None:
+    """End this process with the one that started it, however that ends: a process that is killed tells nobody.
+
+    The kernel sees to it where it can (Linux). A thread would not do alone: it waits as long as a library keeps the
+    interpreter's lock.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it ended before it could be watched
+        os._exit(1)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 
 
@@ -135,7 +150,5 @@ def _encode_in_worker(place: int, batch: Batch, settings: EncodeSettings, folder
     def advance(num_bytes: int) -> None:
         with _counter.get_lock():
             _counter.value += num_bytes
-        if _stop.is_set():
-            raise _Stopped
 
     return _count(place, encode_batch(batch, settings, folder, advance))

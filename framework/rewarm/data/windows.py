@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from rewarm.data.indexed import IndexedTokens
+from rewarm.errors import ensure
 
 
 class WindowReader:
@@ -37,7 +38,10 @@ class WindowReader:
         self.sequence_length = sequence_length
         self.start = start
         self.stop = source.num_tokens if stop is None else stop
-        assert sequence_length >= 1 and 0 <= self.start <= self.stop <= source.num_tokens
+        ensure(
+            sequence_length >= 1 and 0 <= self.start <= self.stop <= source.num_tokens,
+            "a range outside of the tokens, or windows without tokens",
+        )
 
     @property
     def num_tokens(self) -> int:

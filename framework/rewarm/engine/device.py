@@ -21,7 +21,7 @@ def local_device() -> torch.device:
     :func:`rewarm.engine.ranks.join` makes sure that no other rank has taken the same one.
     """
     if is_gpu():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % max(1, torch.cuda.device_count()))
     return torch.device("cpu")
 
 

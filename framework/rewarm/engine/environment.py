@@ -103,7 +103,7 @@ def _address(node: str) -> str:
         pass
     try:
         command = ["scontrol", "show", "node", "--oneliner", node]
-        shown = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
     except (OSError, subprocess.TimeoutExpired):
         shown = ""
     for word in shown.split():

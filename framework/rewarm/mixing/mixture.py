@@ -15,7 +15,7 @@ from rewarm.config.mixture import (
     TemperatureConfig,
     UniMaxConfig,
 )
-from rewarm.errors import UserError
+from rewarm.errors import UserError, ensure
 from rewarm.mixing.mixers.fixed import temperature_weights, unimax_weights
 from rewarm.mixing.objective import objective_weights
 from rewarm.mixing.weight_log import WeightEntry
@@ -237,7 +237,7 @@ def blend(
         Names and int64 [K] summing to 2^32.
     """
     clash = sorted(set(new) & set(replayed))
-    assert not clash, f"domain {clash[0]!r} is both new and replayed"
+    ensure(not clash, f"domains {clash} are both new and replayed")
     shares = _scaled(new, 1 - replay_fraction)
     if replay_fraction > 0:
         shares |= _scaled(replayed, replay_fraction)

@@ -11,6 +11,8 @@ import hashlib
 
 import numpy as np
 
+from rewarm.errors import ensure
+
 ORDER_VERSION = 1
 """Version of everything that decides the order of samples; it is part of every fingerprint, so that a changed
 algorithm is refused by old checkpoints and never reorders them silently."""
@@ -49,7 +51,7 @@ class KeyedPermutation:
     """
 
     def __init__(self, size: int, key: bytes) -> None:
-        assert 1 <= size <= MAX_SIZE, f"a permutation of {size} values"
+        ensure(1 <= size <= MAX_SIZE, f"a permutation of {size} values")
         self.size = size
         self._round_keys = round_keys(key)
         bits = max(2, (size - 1).bit_length())
@@ -68,7 +70,7 @@ class KeyedPermutation:
         """
         positions = np.asarray(positions, dtype=np.int64)
         if len(positions):
-            assert positions.min() >= 0 and positions.max() < self.size, "position outside the permutation"
+            ensure(positions.min() >= 0 and positions.max() < self.size, "position outside the permutation")
         values = self._network(positions.astype(np.uint64))
         limit = np.uint64(self.size)
         outside = np.flatnonzero(values >= limit)

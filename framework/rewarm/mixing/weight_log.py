@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rewarm.errors import UserError
+from rewarm.errors import UserError, ensure
 from rewarm.files import parse_json, sync_folder
 from rewarm.mixing.weights import TOTAL
 
@@ -103,7 +103,7 @@ class WeightLog:
         """
         entry = WeightEntry.from_dict({"sample": sample, "weights": weights, "reason": reason, "objective": objective})
         for shares in (entry.weights, entry.objective):
-            assert shares is None or sum(shares.values()) == TOTAL, f"{shares} do not sum to 2^32"
+            ensure(shares is None or sum(shares.values()) == TOTAL, "the shares of the objective do not sum to 2^32")
         line = json.dumps(entry.to_dict()) + "\n"
         try:
             if self._torn_at is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rewarm.data.model_folder import check_model_folder
 from rewarm.errors import UserError
 from rewarm.model.architecture import Architecture
 from rewarm.model.huggingface import (
@@ -92,8 +93,9 @@ def describe(folder: str | Path, engine: str) -> ModelDescription:
         engine: ``megatron`` needs a family that is mapped; ``deepspeed`` takes what transformers knows.
 
     Raises:
-        UserError: if the engine cannot run it.
+        UserError: if the engine cannot run it, or files of it are links out of the folder.
     """
+    check_model_folder(folder)
     return HuggingFaceModel.from_folder(folder) if engine == "deepspeed" else architecture_from_huggingface(folder)
 
 

@@ -17,7 +17,7 @@ from rewarm.errors import UserError
 
 _BESIDE = ("generation_config.json", "LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
 _BESIDE_LIMIT = 8 * 2**20
-_OF_THE_CLASS = ("model_type", "model_name", "tokenizer_class")
+_OF_THE_CLASS = ("model_type", "model_name", "tokenizer_class", "transformers_version")
 """Keys of config.json by which ``AutoTokenizer`` chooses a class."""
 
 

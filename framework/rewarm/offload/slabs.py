@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rewarm.errors import UserError
+from rewarm.errors import UserError, ensure
 
 ALIGNMENT = 64
 """Elements: a cache line of 16-bit numbers is half of it, and every vector width divides it."""
@@ -65,7 +65,7 @@ class Layout:
             subgroup_size: wanted elements per subgroup; rounded up to the alignment.
             alignment: elements that every shard and every subgroup begins at a multiple of.
         """
-        assert shards and all(shard.numel > 0 for shard in shards) and subgroup_size > 0
+        ensure(shards and all(shard.numel > 0 for shard in shards) and subgroup_size > 0, "a layout of nothing")
         offsets, end = [], 0
         for shard in shards:
             offsets.append(end)

@@ -220,7 +220,8 @@ def _check_types(part: Stage | ConsumedDomain) -> None:
         ValueError: naming the field.
     """
     for field in fields(part):
-        value, kinds = getattr(part, field.name), _KINDS.get(field.type)
+        value: Any = getattr(part, field.name)
+        kinds = _KINDS.get(field.type)
         is_count = field.type == "int"
         if kinds is None:
             continue

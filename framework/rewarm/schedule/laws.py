@@ -79,22 +79,21 @@ def fit_annealing_law(curves: Sequence[LossCurve], *, decay: float = 0.999) -> A
     from scipy.optimize import minimize
 
     design, losses = _readings(curves, decay)
-
-    def distance(law: np.ndarray) -> float:
-        floor, amplitude, exponent, annealing = law
-        predicted = floor + amplitude * design[0] ** -exponent - annealing * design[1]
-        residuals = np.abs(np.log(np.maximum(predicted, 1e-9)) - np.log(losses))
-        near = residuals <= HUBER_DELTA
-        huber = np.where(near, residuals**2 / 2, HUBER_DELTA * (residuals - HUBER_DELTA / 2))
-        return float(huber.mean() / HUBER_DELTA**2)
-
     starts = [_start(exponent, design, losses) for exponent in EXPONENTS]
-    best = min(
-        (minimize(distance, start, method="L-BFGS-B", bounds=[(0, None)] * 4) for start in starts),
-        key=lambda found: found.fun,
-    )
+    found = [minimize(_distance, start, (design, losses), "L-BFGS-B", bounds=[(0, None)] * 4) for start in starts]
+    best = min(found, key=lambda result: result.fun)
     floor, amplitude, exponent, annealing = (float(value) for value in best.x)
     return AnnealingLaw(floor, amplitude, exponent, annealing, decay)
+
+
+def _distance(law: np.ndarray, design: tuple[np.ndarray, np.ndarray], losses: np.ndarray) -> float:
+    """Mean Huber loss of the log residuals, in units of HUBER_DELTA squared."""
+    floor, amplitude, exponent, annealing = law
+    predicted = floor + amplitude * design[0] ** -exponent - annealing * design[1]
+    residuals = np.abs(np.log(np.maximum(predicted, 1e-9)) - np.log(losses))
+    near = residuals <= HUBER_DELTA
+    huber = np.where(near, residuals**2 / 2, HUBER_DELTA * (residuals - HUBER_DELTA / 2))
+    return float(huber.mean() / HUBER_DELTA**2)
 
 
 def _readings(curves: Sequence[LossCurve], decay: float) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rewarm.config.data import DomainConfig
 from rewarm.data.domain import Domain, open_domain
+from rewarm.data.model_folder import check_model_folder
 from rewarm.errors import UserError
 from rewarm.evaluation.held_out import HeldOutLoss, evaluate_domain, held_out_windows, summarise
 
@@ -62,6 +63,7 @@ def evaluate_huggingface(
         raise UserError(
             f"{folder} is a Hugging Face folder and names no domains", fix="give them: --data NAME=PATH, once for each"
         )
+    check_model_folder(folder)
     domains = [open_domain(name, DomainConfig(path=where), sequence_length) for name, where in data.items()]
     _check_positions(folder, sequence_length)
     tokenizer = tokenizer_of(folder)

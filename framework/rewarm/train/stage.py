@@ -17,7 +17,7 @@ from rewarm.data.boundaries import boundary_notices
 from rewarm.data.conditioning import Conditioning, prefix_tokens
 from rewarm.data.domain import Domain, open_domain
 from rewarm.engine.layout import check_layout
-from rewarm.errors import UserError
+from rewarm.errors import UserError, ensure
 from rewarm.mixing.controller import MixtureController
 from rewarm.mixing.mixers.build import build_mixer
 from rewarm.mixing.mixture import (
@@ -242,7 +242,7 @@ def resolve_stage(config: RunConfig, num_ranks: int) -> Stage:
     start = planned_entry(config.mixture, 0, names, weights, f"start: {config.mixture.mixer}")
     planned = [start, *planned_changes(config.mixture, config.replay, tokens, shares, _clock(config))]
     trained = new + [domain for domain, _ in old.replayed]
-    assert names == [domain.name for domain in trained], (names, trained)
+    ensure(names == [domain.name for domain in trained], f"the domains of the samples are {names}, others are opened")
     check_tokenizers(tokenizer, architecture, trained)
     if tokenizer is not None:
         old.messages.extend(boundary_notices(new, tokenizer, has_parent=origin.parent is not None))

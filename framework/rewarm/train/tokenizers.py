@@ -64,6 +64,7 @@ def check_same_tokenizer(tokenizer: Path, domains: list[Domain]) -> None:
         UserError: naming the domain, both tokenizers, and the fix.
     """
     own = tokenizer_fingerprint(tokenizer)
+    decoder = None  # opened once: a large one takes a second
     for domain in domains:
         if domain.tokenizer_fingerprint not in (None, own):
             raise UserError(
@@ -72,4 +73,5 @@ def check_same_tokenizer(tokenizer: Path, domains: list[Domain]) -> None:
                 fix=_REBUILD + str(tokenizer),
             )
         if domain.held_out_bytes_per_token is None:
-            domain.measure_bytes_per_token(open_backend(tokenizer))
+            decoder = decoder or open_backend(tokenizer)
+            domain.measure_bytes_per_token(decoder)

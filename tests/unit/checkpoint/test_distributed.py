@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from patience import PATIENCE
 from rewarm.checkpoint import store
 from rewarm.checkpoint.distributed import find_checkpoint, read_state, save_checkpoint
 from rewarm.errors import UserError
@@ -23,7 +24,7 @@ class ThreadGroup:
         self._barrier, self._slots = barrier, slots
 
     def barrier(self) -> None:
-        self._barrier.wait(10)
+        self._barrier.wait(PATIENCE)
 
     def gather(self, value: Any) -> list[Any]:
         self._slots[self.rank] = value

@@ -11,6 +11,7 @@ import pytest
 import typer
 
 import rewarm
+from patience import PATIENCE
 from rewarm.cli import doctor
 from rewarm.cli.doctor import Finding, Level
 
@@ -136,4 +137,4 @@ def test_the_verbs_load_nothing_heavy() -> None:
     heavy = "{'torch', 'numpy', 'wandb', 'transformers'}"
     code = f"import sys, rewarm.cli.doctor, rewarm.cli.config; sys.exit(bool({heavy} & set(sys.modules)))"
     environment = {**os.environ, "PYTHONPATH": str(Path(rewarm.__file__).parents[1])}
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60, env=environment).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=PATIENCE, env=environment).returncode == 0

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from patience import PATIENCE
 from rewarm.config.data import DomainConfig
 from rewarm.data import inputs as inputs_module
 from rewarm.data import parts as parts_module
@@ -348,7 +349,7 @@ def test_killed_build_goes_on_to_the_same_bytes(
     arguments = [str(script), str(corpus), str(settings.output), str(settings.tokenizer), workers]
     process = start_python(*arguments)
     work = settings.output / ".build"
-    limit = time.monotonic() + 120
+    limit = time.monotonic() + PATIENCE
     while len(list(work.glob("*.npz"))) < 5:
         assert process.poll() is None and time.monotonic() < limit, process.communicate()
         time.sleep(0.002)
@@ -359,7 +360,7 @@ def test_killed_build_goes_on_to_the_same_bytes(
     for output in (settings.output, unbroken):
         arguments[2] = str(output)
         process = start_python(*arguments)
-        _, errors = process.communicate(timeout=200)
+        _, errors = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, errors
     assert content(settings.output) == content(unbroken)
 
@@ -370,7 +371,7 @@ def test_workers_leave_with_a_killed_parent(settings: BuildSettings, tmp_path: P
     corpus.write_text("".join(json.dumps({"text": f"{i} {texts[i % 300] * 3}"}) + "\n" for i in range(4000)))
     process = start_python(str(script), str(corpus), str(settings.output), str(settings.tokenizer), "2")
     work = settings.output / ".build"
-    limit = time.monotonic() + 120
+    limit = time.monotonic() + PATIENCE
     while not list(work.glob("*.npz")):
         assert process.poll() is None and time.monotonic() < limit, process.communicate()
         time.sleep(0.002)
@@ -453,7 +454,7 @@ def test_full_disk_is_said_and_nothing_is_lost(settings: BuildSettings) -> None:
         "    print(error)\n"
     )
     process = start_python("-c", script, settings.inputs[0], str(settings.output), str(settings.tokenizer))
-    printed, errors = process.communicate(timeout=100)
+    printed, errors = process.communicate(timeout=PATIENCE)
     assert "fix: run the same command again" in printed, errors
     assert [path.name for path in (settings.output / ".build").iterdir()] == ["lock"]
     assert build_domain(settings)[1]

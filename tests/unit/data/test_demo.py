@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from patience import PATIENCE
 from rewarm.cli.data import app
 from rewarm.config.data import DomainConfig
 from rewarm.data import corpora
@@ -112,12 +113,14 @@ def test_docstrings_are_found_by_their_quotes() -> None:
 
 
 def test_virtual_environment_gives_the_base_interpreters_library(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True, timeout=100)
+    subprocess.run(
+        [sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True, timeout=PATIENCE
+    )
     script = "import sys; sys.path[:0] = sys.argv[1:]\nfrom rewarm.data.corpora import python_files as found"
     script += "\nprint(found()[0].path)"
     python = tmp_path / "venv" / "bin" / "python"
     process = start_python("-c", script, *sys.path, executable=str(python))
-    printed, errors = process.communicate(timeout=60)
+    printed, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
     assert Path(printed.strip()).is_relative_to(sysconfig.get_path("stdlib", vars={"installed_base": sys.base_prefix}))
 

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from patience import PATIENCE
 from rewarm.config.data import DomainConfig
+from rewarm.data import indexed
 from rewarm.data.domain import file_digest, info_digest, open_domain
 from rewarm.errors import UserError
 from unit.data.helpers import start_python, write_pair
@@ -97,15 +99,15 @@ def test_what_cannot_be_opened_is_named_with_its_fix(tmp_path: Path, pair: Path)
 
 
 _OPEN_MANY = """
-import resource, struct, sys
+import os, resource, struct, sys
 from pathlib import Path
 from rewarm.config.data import DomainConfig
-from rewarm.data.domain import file_digest, info_digest, open_domain
+from rewarm.data.domain import open_domain
 from rewarm.data.indexed import MAGIC, IndexHeader
 import numpy as np
 folder, tokens, count = Path(sys.argv[1]), 5_000_000_000, 5_000_000
 header = IndexHeader(np.dtype(np.uint16), count, count + 1)
-for i in range(200):
+for i in range(300):
     with open(folder / f"{i}.bin", "wb") as stream:
         stream.truncate(2 * tokens)
     with open(folder / f"{i}.idx", "wb") as stream:
@@ -119,19 +121,20 @@ for i in range(200):
             stream.seek(offset)
             stream.write(struct.pack(layout, value))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-config = {str(i): DomainConfig(path=str(folder / str(i)), held_out=str(folder / "0")) for i in range(200)}
+config = {str(i): DomainConfig(path=str(folder / str(i)), held_out=str(folder / "0")) for i in range(300)}
 domains = [open_domain(name, domain, 4096) for name, domain in config.items()]
 for domain in domains:
     domain.train.read(np.array([0, len(domain.train) - 1]))
-assert sum(domain.train.num_tokens for domain in domains) == 10**12
+assert sum(domain.train.num_tokens for domain in domains) == 1_500_000_000_000
+assert len(os.listdir("/proc/self/fd")) < 280, "each map holds a file open"
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
 
-def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
-    """200 domains of 10^12 tokens in all, in sparse files: a table of them would take 10 GB."""
+def test_memory_and_open_files_do_not_grow_with_the_data(tmp_path: Path) -> None:
+    """300 domains of 1.5 * 10^12 tokens in all, in sparse files: a table of them would take 15 GB."""
     process = start_python("-c", _OPEN_MANY, str(tmp_path))
-    printed, errors = process.communicate(timeout=120)
+    printed, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
     assert int(printed) < 100
 
@@ -189,3 +192,16 @@ def test_a_damaged_domain_file_is_named(built: Path, text: str) -> None:
     (built / "domain.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError, match=r"domain\.json"):
         open_domain("a", DomainConfig(path=str(built)), 32)
+
+
+def test_a_file_that_changes_under_a_run_is_refused(pair: Path) -> None:
+    domain = open_domain("a", DomainConfig(path=str(pair)), 32)
+    before = domain.train.read(np.array([3]))
+    indexed._map.cache_clear()  # what a process with many domains does to those that it did not read lately
+    assert np.array_equal(domain.train.read(np.array([3])), before)
+    content = Path(f"{pair}.bin").read_bytes()
+    for change in (lambda file: file.write_bytes(content[:-4]), Path.unlink):
+        change(Path(f"{pair}.bin"))
+        indexed._map.cache_clear()
+        with pytest.raises(UserError, match=r"a\.bin was changed or removed"):
+            domain.train.read(np.array([3]))

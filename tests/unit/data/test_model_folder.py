@@ -12,6 +12,7 @@ import pytest
 from rewarm.data.model_folder import find_file, list_files, read_json
 from rewarm.data.tokenizer import open_backend, open_tokenizer, tokenizer_fingerprint
 from rewarm.errors import UserError
+from rewarm.model.description import describe
 from rewarm.model.files import carry_files, carry_tokenizer
 
 
@@ -151,3 +152,16 @@ def test_json_of_a_folder(tmp_path: Path) -> None:
         (tmp_path / "x.json").write_bytes(text.encode("utf-8", "surrogateescape"))
         with pytest.raises(UserError, match=message):
             read_json(tmp_path, "x.json")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json", "modeling.py"])
+@pytest.mark.parametrize("engine", ["megatron", "deepspeed"])
+def test_a_model_is_described_by_files_of_its_own_alone(engine: str, name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (tmp_path / "elsewhere").write_text("{}")
+    for make in (lambda path: path.symlink_to("../elsewhere"), os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        make(folder / name)
+        with pytest.raises(UserError, match=f"{name} is a"):
+            describe(folder, engine)
+        (folder / name).unlink()

@@ -11,6 +11,8 @@ from functools import cache
 import pytest
 import torch
 
+from patience import PATIENCE
+
 PROBE = r"""
 import inspect, json, sys, warnings
 warnings.simplefilter("ignore")
@@ -52,7 +54,7 @@ print(json.dumps({
 
 @cache
 def _plain() -> dict[str, bool]:
-    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=240, check=True)
+    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=PATIENCE, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from patience import PATIENCE
 from ranks import single_workers
 from ranks.harness import RanksFailed, run_ranks
 from ranks.tiny import VOCAB_SIZE, tiny_config
@@ -94,6 +95,6 @@ def test_starting_loads_neither_transformers_nor_a_compiler() -> None:
         "print([name for name in ('transformers', 'torch._inductor', 'torch._dynamo.convert_frame') "
         "if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=True)
     assert done.stdout.strip() == "[]"
     assert done.stderr == ""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from datetime import timedelta
+from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from rewarm.engine import device, gpus, ranks
 from rewarm.engine.gpus import Seat, assign, meet
 from rewarm.errors import UserError
 
@@ -50,6 +54,23 @@ def test_ranks_make_room_for_one_that_sees_less() -> None:
 def test_more_ranks_than_gpus_are_the_users_to_mend(seen: list[tuple[str, ...]]) -> None:
     with pytest.raises(UserError, match=r"ranks of this job run on gpu07, .* would share one"):
         assign(seats(*seen))
+
+
+def test_a_rank_joins_on_the_gpu_that_the_others_left_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bound to the closest GPUs, ranks 0 and 2 of a node see the same two; their numbers alone would be one GPU."""
+    joined: dict[str, Any] = {}
+    node = seats(("a", "b"), ("c", "d"), ("a", "b"))
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda place: joined.update(current=place))
+    monkeypatch.setattr(gpus, "own_seat", lambda *given: node[2])
+    monkeypatch.setattr(gpus, "meet", lambda *given: node)
+    monkeypatch.setattr(dist, "init_process_group", lambda *given, **options: joined.update(options))
+    ranks._join(dist.HashStore(), 12, 24, timedelta(minutes=5))
+    assert joined["device_id"] == joined["current"] == torch.device("cuda", 1)
+    assert os.environ["LOCAL_RANK"] == "1"  # DeepSpeed's device
+    assert device.local_device() == joined["current"]
 
 
 def test_each_rank_meets_those_of_its_node() -> None:

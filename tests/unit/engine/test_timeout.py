@@ -22,7 +22,7 @@ def test_of_megatrons_groups() -> None:
 def test_of_deepspeeds_groups_and_those_of_context_ranks(tmp_path: Path) -> None:
     folder = write_model("llama", tmp_path)
     cases = [{**LIMIT, "parallel": parallel} for parallel in ({"tensor": 2}, {"context": 2})]
-    for found in run_ranks(deepspeed_workers.timeouts, 2, folder, cases, timeout=280.0):
+    for found in run_ranks(deepspeed_workers.timeouts, 2, folder, cases):
         assert len(found) > 4
         assert set(found) == {7.25}
 

@@ -8,12 +8,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
 
+from patience import PATIENCE
 from rewarm.mixing.native import declare
-
-settings.register_profile("rewarm", deadline=None)
-settings.load_profile("rewarm")  # a test never asserts a time
 
 SOURCE = Path(__file__).parents[3] / "csrc" / "cpu" / "sampler.cpp"
 
@@ -25,5 +22,5 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         pytest.skip("g++ is not installed")
     target = tmp_path_factory.mktemp("native") / "sampler.so"
     command = [compiler, "-O3", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", str(target), str(SOURCE)]
-    subprocess.run(command, check=True, timeout=120)
+    subprocess.run(command, check=True, timeout=PATIENCE)
     return declare(ctypes.CDLL(str(target)))

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from patience import PATIENCE
 from rewarm.offload.cores import cores_of_node, divide
 from rewarm.offload.device import ThrottledDevice, numa_node
 from rewarm.offload.execute import Executor, GroupStep
@@ -122,7 +123,7 @@ def test_the_team_of_the_update_runs_on_its_cores_and_nobody_else_does() -> None
     torch.ones(200_000).mul_(2)  # torch's own team is made by this thread
     assert len(restricted({core})) - len(before) == 3
     executor.close()
-    deadline = time.monotonic() + 20  # the team ends a moment after its lane
+    deadline = time.monotonic() + PATIENCE  # the team ends a moment after its lane
     while restricted({core}) != before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert restricted({core}) == before

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from patience import PATIENCE
 from rewarm.errors import NodeFault, UserError
 from rewarm.offload import nvme
 from rewarm.offload.device import ThrottledDevice
@@ -154,7 +155,7 @@ def late(monkeypatch: pytest.MonkeyPatch, name: str) -> tuple[threading.Event, l
     go, ended, real = threading.Event(), [], getattr(os, name)
 
     def transfer(*arguments: Any) -> int:
-        assert go.wait(60)
+        assert go.wait(PATIENCE)
         moved: int = real(*arguments)
         ended.append(moved)
         return moved

@@ -63,7 +63,6 @@ def random_case(generator: np.random.Generator) -> tuple[Machine, Job]:
     return machine, job
 
 
-@pytest.mark.timeout(900)
 def test_on_random_machines_no_known_system_is_faster_and_the_bound_is_near() -> None:
     generator = np.random.default_rng(7)
     gaps = []

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from patience import PATIENCE
+
 FOLDER = Path(__file__).parents[3] / "scripts" / "benchmarks"
 
 
@@ -132,9 +134,10 @@ def test_it_runs_from_end_to_end(tmp_path: Path) -> None:
     command = [
         sys.executable, str(FOLDER / "offload_rivals.py"), "--device", "cpu", "--rounds", "1", "--steps", "2",
         "--contestants", "none", "streamed", "hybrid", "--micro-batches", "2", "--subgroup", "100000",
+        "--timeout", str(PATIENCE),
         "--output", str(tmp_path),
     ]  # fmt: skip
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr + done.stdout
     report = json.loads((tmp_path / "report.json").read_text())
     none, streamed, hybrid = report["contestants"]

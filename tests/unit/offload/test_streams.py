@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 
+from patience import PATIENCE
 from rewarm.offload import adamw, states
 from rewarm.offload.device import CudaDevice
 from rewarm.offload.execute import Executor
@@ -42,7 +43,7 @@ class Event:
         stream.add(self._reached.set)
 
     def synchronize(self) -> None:
-        assert self._reached.wait(200), "an event was never reached"
+        assert self._reached.wait(PATIENCE), "an event was never reached"
 
     def wait(self) -> None:
         torch.cuda.current_stream().add(self.synchronize)

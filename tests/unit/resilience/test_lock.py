@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from patience import PATIENCE
 from rewarm.errors import UserError
 from rewarm.resilience import lock as lock_module
 from rewarm.resilience.lock import STALE_SECONDS, RunLock, find_owner
@@ -32,14 +33,14 @@ def outside_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
 def hold(run: Path, ready: multiprocessing.synchronize.Event) -> None:
     RunLock(run)
     ready.set()
-    time.sleep(60)
+    time.sleep(PATIENCE)
 
 
 def start_holder(run: Path) -> multiprocessing.process.BaseProcess:
     ready = FORK.Event()
     process = FORK.Process(target=hold, args=(run, ready), daemon=True)
     process.start()
-    assert ready.wait(20)
+    assert ready.wait(PATIENCE)
     return process
 
 
@@ -107,7 +108,7 @@ def test_the_heartbeat_keeps_an_owner_alive(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(lock_module, "BEAT_SECONDS", 0.05)
     lock = RunLock(tmp_path)
     os.utime(lock._path, (0, 0))
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE
     while lock._path.stat().st_mtime == 0 and time.monotonic() < deadline:
         time.sleep(0.02)
     assert lock._path.stat().st_mtime > 0
@@ -122,7 +123,7 @@ def race(run: Path, start: multiprocessing.synchronize.Event, wins: multiprocess
         wins.put(0)
     else:
         wins.put(1)
-        time.sleep(60)
+        time.sleep(PATIENCE)
 
 
 def test_of_many_that_claim_a_stale_lock_at_once_one_wins(tmp_path: Path) -> None:
@@ -132,7 +133,7 @@ def test_of_many_that_claim_a_stale_lock_at_once_one_wins(tmp_path: Path) -> Non
     for process in processes:
         process.start()
     start.set()
-    assert sum(wins.get(timeout=30) for _ in processes) == 1
+    assert sum(wins.get(timeout=PATIENCE) for _ in processes) == 1
     for process in processes:
         process.kill()
         process.join()
@@ -143,7 +144,7 @@ def attempt(run: Path, number: int, ready: multiprocessing.synchronize.Event) ->
     lock_module.BEAT_SECONDS = 0.2
     RunLock(run)
     ready.set()
-    time.sleep(60)
+    time.sleep(PATIENCE)
 
 
 def test_a_later_attempt_of_the_same_job_takes_over_and_the_earlier_one_ends_itself(tmp_path: Path) -> None:
@@ -151,9 +152,9 @@ def test_a_later_attempt_of_the_same_job_takes_over_and_the_earlier_one_ends_its
     ready = [FORK.Event(), FORK.Event()]
     processes = [FORK.Process(target=attempt, args=(tmp_path, number, ready[number]), daemon=True) for number in (0, 1)]
     processes[0].start()
-    assert ready[0].wait(20)
+    assert ready[0].wait(PATIENCE)
     processes[1].start()
-    assert ready[1].wait(20)
+    assert ready[1].wait(PATIENCE)
     processes[0].join(20)
     assert processes[0].exitcode == 4 and processes[1].is_alive()
     assert find_owner(tmp_path).attempt == 1

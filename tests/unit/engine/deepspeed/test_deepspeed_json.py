@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from patience import PATIENCE
 from rewarm.config.load import build
 from rewarm.config.run import RunConfig
 from rewarm.engine.deepspeed.json import deepspeed_json
@@ -102,7 +103,7 @@ def test_generating_needs_no_torch_and_no_deepspeed() -> None:
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100, env=environment
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=PATIENCE, env=environment
     )
     assert done.stdout.split() == ["False", "False"]
 

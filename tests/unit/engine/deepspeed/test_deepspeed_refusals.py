@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from patience import PATIENCE
 from rewarm.config.deepspeed import DeepSpeedConfig
 from rewarm.config.load import build
 from rewarm.engine.deepspeed import extensions
@@ -215,7 +216,7 @@ def test_build_ends_with_whoever_asked_for_it(tmp_path: Path) -> None:
 
 
 def wait_for(reached: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + PATIENCE
     while not reached():
         assert time.monotonic() < deadline
         time.sleep(0.02)
