@@ -222,8 +222,8 @@ def _check_types(part: Stage | ConsumedDomain) -> None:
     for field in fields(part):
         value: Any = getattr(part, field.name)
         kinds = _KINDS.get(field.type)
-        is_count = field.type == "int"
         if kinds is None:
             continue
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds) or (is_count and value < 0):
+        fits = isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)
+        if not fits or (isinstance(value, int) and value < 0):
             raise ValueError(f"{field.name}={value!r} of {part.name!r}")
