@@ -5,10 +5,11 @@ from __future__ import annotations
 from pydantic import Field
 
 from rewarm.config.mixture import MixtureConfig, ReplayConfig
-from rewarm.config.paths import PathText
+from rewarm.config.paths import PathText, expand_path
 from rewarm.config.section import Section
+from rewarm.errors import UserError
 
-__all__ = ["DomainConfig", "MixtureConfig", "ReplayConfig"]
+__all__ = ["DomainConfig", "MixtureConfig", "ReplayConfig", "domain_of_option"]
 
 
 class DomainConfig(Section):
@@ -26,3 +27,15 @@ class DomainConfig(Section):
     max_epochs: float | None = Field(default=None, gt=0)
     """Most passes over the domain in this run; a stage that would need more is refused before it starts.
     Null means no limit."""
+
+
+def domain_of_option(name: str, path: str) -> DomainConfig:
+    """A domain as an option ``NAME=PATH`` gives it: a shell leaves ``~`` behind the sign as it is.
+
+    Raises:
+        UserError: if the path names a variable or a user that is not known.
+    """
+    try:
+        return DomainConfig.model_construct(path=expand_path(path))
+    except ValueError as error:
+        raise UserError(f"{name}={path}: {error}", fix="write the path in full") from error

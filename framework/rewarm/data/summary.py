@@ -151,11 +151,13 @@ def inspect_domain(path: str, sequence_length: int, num_samples: int, tokenizer:
 def _open_for_a_look(path: str) -> tuple[Domain, str]:
     """The domain; and, where nothing can be held out of a bare pair, why not, with all of it as its train split."""
     try:
-        return open_domain(Path(path).name, DomainConfig(path=path), 1), ""
+        return open_domain(Path(path).name, DomainConfig.model_construct(path=path), 1), ""
     except UserError as error:
         if Path(path).is_dir() or not Path(f"{path}.bin").is_file() or IndexedTokens(path).num_tokens < 2:
             raise
-        return open_domain(Path(path).name, DomainConfig(path=path, held_out=path), 1), f"none: {error.message}"
+        return open_domain(
+            Path(path).name, DomainConfig.model_construct(path=path, held_out=path), 1
+        ), f"none: {error.message}"
 
 
 def _split_row(documents: int, tokens: int, sequence_length: int) -> str:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from rewarm.config.data import DomainConfig
+from rewarm.config.data import domain_of_option
 from rewarm.data.domain import Domain, open_domain
 from rewarm.data.model_folder import check_model_folder
 from rewarm.errors import UserError
@@ -31,7 +31,7 @@ def evaluate_run(
     model = open_model(path, overrides)
     if data:
         length = model.config.batch.sequence_length
-        domains = [open_domain(name, DomainConfig(path=where), length) for name, where in data.items()]
+        domains = [open_domain(name, domain_of_option(name, where), length) for name, where in data.items()]
         check_tokenizers(model.tokenizer, model.architecture, domains)
     else:
         domains = model.stage(find_ranks().world_size).evaluated
@@ -64,7 +64,7 @@ def evaluate_huggingface(
             f"{folder} is a Hugging Face folder and names no domains", fix="give them: --data NAME=PATH, once for each"
         )
     check_model_folder(folder)
-    domains = [open_domain(name, DomainConfig(path=where), sequence_length) for name, where in data.items()]
+    domains = [open_domain(name, domain_of_option(name, where), sequence_length) for name, where in data.items()]
     _check_positions(folder, sequence_length)
     tokenizer = tokenizer_of(folder)
     if tokenizer is not None:

@@ -68,7 +68,10 @@ def open_old_domains(config: RunConfig, lineage: Lineage, new: list[Domain]) -> 
 
 def _open(domain: ConsumedDomain, path: str, config: RunConfig) -> Domain:
     """Open a lineage domain; a missing one is an OSError, which the caller names with its own fix."""
-    settings = DomainConfig(path=path, held_out=domain.held_out, held_out_fraction=domain.held_out_fraction)
+    # Not checked as a setting: the lineage holds whole paths, in which nothing stands for anything else.
+    settings = DomainConfig.model_construct(
+        path=path, held_out=domain.held_out, held_out_fraction=domain.held_out_fraction
+    )
     try:
         return open_domain(domain.name, settings, config.batch.sequence_length)
     except UserError as error:

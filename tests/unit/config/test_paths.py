@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from rewarm.config.data import DomainConfig, domain_of_option
 from rewarm.config.load import build, dump
 from rewarm.config.paths import PathText, expand_path
 from rewarm.config.reference import _sections
@@ -102,3 +103,11 @@ def test_paths_that_are_refused(text: str, part: str, monkeypatch: pytest.Monkey
 def test_a_dollar_that_begins_no_name_is_a_dollar() -> None:
     assert expand_path("cost-5$/x") == "cost-5$/x"
     assert Path(expand_path("~")).is_absolute()
+
+
+def test_a_path_behind_an_option_is_read_as_in_a_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert domain_of_option("a", "~/x").path == "/home/me/x"
+    assert domain_of_option("a", "x").held_out_fraction == DomainConfig(path="x").held_out_fraction
+    with pytest.raises(UserError, match=r"a=\$NOWHERE_AT_ALL/x: .*is not set"):
+        domain_of_option("a", "$NOWHERE_AT_ALL/x")
