@@ -168,7 +168,7 @@ def write_submission(config: RunConfig, request: JobRequest) -> Path:
         request = replace(request, container=str(Path(container).resolve()))
     places = _places(config, request, folder)
     script = folder / SCRIPT
-    script.write_text(batch_script(request, places))
+    write_whole(script, batch_script(request, places))
     script.chmod(0o755)
     return folder
 
