@@ -29,7 +29,7 @@ BEAT_SECONDS = 5.0
 """Between two signs of life."""
 STALE_SECONDS = 120.0
 """Without a sign of life for this long an owner that cannot be asked counts as dead: more than file systems cache."""
-LEASE_SECONDS = 75.0
+LEASE_SECONDS = 80.0
 """An owner that could not give a sign of life for this long ends itself, before others take it for dead: until then a
 file system may fail as often as it likes."""
 _LOST_STATUS = 4
@@ -175,10 +175,10 @@ class RunLock:
 
     def _beat(self) -> None:
         while not self._released.wait(BEAT_SECONDS):
-            # A process that was stopped for so long may not renew: another one may have begun to take over.
-            self._check_lease()
             began = time.monotonic()
             try:
+                if began - self._renewed > LEASE_SECONDS:
+                    self._claim_again()
                 if _newest(self._folder) != self._path and not self._path_is_newest():
                     self._end("was taken over by another attempt of this job: ending")
                 os.utime(self._path)
@@ -200,13 +200,34 @@ class RunLock:
         return True
 
     def _guard(self) -> None:
-        while not self._released.wait(min(1.0, BEAT_SECONDS)):
-            self._check_lease()
+        """End the process two beats after its lease: so long a process that was stopped, and is continued, has to
+        claim the run again. Time in which it did not run does not count."""
+        beyond, before = 0.0, time.monotonic()
+        tick = min(1.0, BEAT_SECONDS)
+        while not self._released.wait(tick):
+            now = time.monotonic()
+            silent, ran, before = now - self._renewed, min(now - before, 2 * tick), now
+            beyond = beyond + ran if silent > LEASE_SECONDS else 0.0
+            if beyond > 2 * BEAT_SECONDS:
+                self._end(f"could not be told for {silent:.0f} s that this process lives: ending before another starts")
 
-    def _check_lease(self) -> None:
-        silent = time.monotonic() - self._renewed
-        if silent > LEASE_SECONDS:
-            self._end(f"could not be told for {silent:.0f} s that this process lives: ending before another starts")
+    def _claim_again(self) -> None:
+        """Become the next owner, after a silence for which another one may have taken this one for dead: renewing
+        could come in the middle of its claim, and the next number is granted to one only.
+
+        Raises:
+            OSError: if the file system refuses; the claim is tried again.
+        """
+        path = self._folder / f"{_number(self._path) + 1:06d}.json"
+        aside = self._folder / f".claim-{self.owner.host}-{os.getpid()}"
+        try:
+            write_whole(aside, json.dumps({**self.owner.to_dict(), "released": False}))
+            os.link(aside, path)
+        except FileExistsError:
+            self._end("was taken over while this process did not run: ending")
+        finally:
+            aside.unlink(missing_ok=True)
+        self._path = path
 
     def _end(self, why: str) -> None:
         """End the process at once: from here on another one may write."""

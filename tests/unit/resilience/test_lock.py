@@ -204,7 +204,7 @@ def hang(*_: object) -> None:
 def hold_badly(run: Path, how: str) -> None:
     lock_module.BEAT_SECONDS, lock_module.LEASE_SECONDS = 0.05, 1.0
     RunLock(run)
-    if how == "stopped":
+    if how == "stopped and taken over":
         os.kill(os.getpid(), signal.SIGSTOP)
     elif how == "taken over":
         newest = sorted((run / "lock").glob("*.json"))[-1]
@@ -214,23 +214,38 @@ def hold_badly(run: Path, how: str) -> None:
     time.sleep(3600)
 
 
-@pytest.mark.parametrize("how", ["fails", "hangs", "stopped", "taken over"])
+@pytest.mark.parametrize("how", ["fails", "hangs", "stopped and taken over", "taken over"])
 def test_an_owner_that_cannot_renew_ends_itself(tmp_path: Path, how: str) -> None:
     """Its main thread may be anywhere, and the thread that touches the file may hang in it."""
     process = FORK.Process(target=hold_badly, args=(tmp_path, how), daemon=True)
     process.start()
     assert process.pid is not None
-    if how == "stopped":
+    if how == "stopped and taken over":
         while Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "TZ":
             time.sleep(0.05)
         time.sleep(1.1)
+        (tmp_path / "lock" / "000002.json").write_text("{}")
         os.kill(process.pid, signal.SIGCONT)
     process.join(120)
     assert process.exitcode == 4
 
 
+def test_an_owner_that_was_stopped_claims_the_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody took it over meanwhile, which the next number proves."""
+    monkeypatch.setattr(lock_module, "BEAT_SECONDS", 0.05)
+    lock = RunLock(tmp_path)
+    lock._renewed -= 2 * lock_module.LEASE_SECONDS
+    deadline = time.monotonic() + 60
+    while lock._path.stem == "000001" and time.monotonic() < deadline:
+        time.sleep(0.01)
+    lock.check()
+    assert lock._path.stem == "000002" and find_owner(tmp_path) is not None
+    lock.release()
+    assert find_owner(tmp_path) is None
+
+
 def test_there_is_time_between_the_end_of_an_owner_and_its_successor() -> None:
-    assert lock_module.LEASE_SECONDS + 4 * lock_module.BEAT_SECONDS < STALE_SECONDS
+    assert lock_module.LEASE_SECONDS + 6 * lock_module.BEAT_SECONDS < STALE_SECONDS
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"host": "a"}', b"\xff", b"[" * 100_000])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,9 +15,11 @@ import yaml
 from rewarm.config.load import load
 from rewarm.config.run import RunConfig
 from rewarm.errors import UserError
+from rewarm.launch.records import new_submission, record, write_jobs
 from rewarm.resilience.owner import Owner
 from rewarm.train import session
 from rewarm.train.parent import find_parent
+from rewarm.train.stage import resolve_stage
 from saved_runs import digest, flip, unpack_runs
 
 RUN = Path("runs/continue")
@@ -184,6 +187,8 @@ def test_milestones_are_parents_wherever_they_lie(place: Path) -> None:
         assert found.architecture == expected.architecture and found.lineage == expected.lineage, path
     assert find_parent("best").folder.resolve() == Path("runs/base").resolve()
     assert find_parent("archive/my-best").folder == Path("archive/my-best")
+    messages = resolve_stage(stage("name=child", "parent=archive/my-best"), 1).messages
+    assert any("lies outside of its run" in message for message in messages)
     session.run_session(stage("name=child", "parent=archive/my-best"))
 
 
@@ -232,3 +237,26 @@ def test_a_run_in_the_folder_of_an_ancestor_does_not_erase_it(place: Path) -> No
     assert [stage["path"] for stage in stages] == [here, here]
     assert stages[0]["tokens"] == 256 and stages[1]["tokens"] == 0
     assert stages[1]["id"] and stages[0]["id"] != stages[1]["id"]
+
+
+def test_what_a_run_begins_with_is_synced_and_so_are_its_names(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power failure right after the first step must not leave a run without its configuration or weight log."""
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def note(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    session.run_session(stage("name=child"))
+    write_jobs(new_submission(place / "runs/child"), ["17"])
+    record(place / "runs/child", {"event": "begin"})
+    run = str((place / "runs/child").resolve())
+    for name in (".config.yaml.new", ".lineage.json.new", ".status.json.new", "mixture.jsonl"):
+        assert f"{run}/{name}" in synced, name
+        after = synced[synced.index(f"{run}/{name}") :]
+        assert run in after, f"the name of {name}"
+    for folder in (run, f"{run}/slurm", f"{run}/slurm/001", str(place.resolve() / "runs")):
+        assert folder in synced
+    assert f"{run}/slurm/001/.jobs.json.new" in synced
