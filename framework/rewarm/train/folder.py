@@ -187,8 +187,8 @@ def write_run_files(config: RunConfig, stage: Stage, *, started: bool) -> None:
     """
     folder = stage.folder
     if not started:
+        keep_companions(folder, stage.tokenizer, stage.origin.parent, stage.trained)  # may refuse: before all else
         for name in ("metrics.jsonl", "evaluation.jsonl", "mixture.jsonl"):
             (folder / name).unlink(missing_ok=True)
-        keep_companions(folder, stage.tokenizer, stage.origin.parent, stage.trained)
         stage.lineage(None, 0, dict.fromkeys(stage.names, 0)).save(folder)
     write_whole(folder / FILE_NAME, dump(config))
