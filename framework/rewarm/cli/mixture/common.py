@@ -32,10 +32,9 @@ def run_facts(run: Path) -> tuple[dict[str, Any], int]:
 
 def new_domains(run: Path) -> list[str] | None:
     """The domains under ``data`` of a run, or None where the folder is no run."""
-    import yaml
+    from rewarm.config.saved import saved_setting
 
-    place = run / "config.yaml"
-    return list(yaml.safe_load(place.read_text())["data"]) if place.is_file() else None
+    return list(saved_setting(run, "data")) if (run / "config.yaml").is_file() else None
 
 
 def by_domain(option: str, text: str | None) -> dict[str, float] | None:
