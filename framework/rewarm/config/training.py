@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -58,6 +58,13 @@ class OptimizerConfig(Section):
         return self
 
 
+_READ_BY = {
+    "plateau": ("infinite",), "cooldown": ("infinite",), "decay": ("wsd", "infinite"),
+    "decay_shape": ("wsd", "infinite"), "minimum": ("cosine", "linear", "wsd", "infinite"),
+}  # fmt: skip
+"""The kinds of schedule that read a setting, where not all do."""
+
+
 class ScheduleConfig(Section):
     """Learning rate as a pure function of the tokens trained in this stage."""
 
@@ -84,9 +91,7 @@ class ScheduleConfig(Section):
 
     @model_validator(mode="after")
     def _check_ignored(self) -> ScheduleConfig:
-        only = {"plateau": ("infinite",), "cooldown": ("infinite",), "decay": ("wsd", "infinite"),
-                "decay_shape": ("wsd", "infinite"), "minimum": ("cosine", "linear", "wsd", "infinite")}  # fmt: skip
-        for name, kinds in only.items():
+        for name, kinds in _READ_BY.items():
             if name in self.model_fields_set and self.kind not in kinds:
                 default = type(self).model_fields[name].default
                 if getattr(self, name) != default:
@@ -111,6 +116,14 @@ class ScheduleConfig(Section):
         self._check_decay()
         return self
 
+    @property
+    def unread(self) -> list[str]:
+        """Settings that no rate depends on, whatever they are. Given ones are refused, but older runs hold some."""
+        by_kind = [name for name, kinds in _READ_BY.items() if self.kind not in kinds]
+        if self.kind in ("wsd", "infinite") and parse_duration(self.decay)[0] == 0:
+            by_kind.append("decay_shape")
+        return [*by_kind, "cooldown"] if self.kind == "infinite" and self.plateau == self.peak else by_kind
+
     def _check_decay(self) -> None:
         if self.kind not in ("wsd", "infinite"):
             return
@@ -121,6 +134,16 @@ class ScheduleConfig(Section):
             raise ignored("schedule.decay_shape", f"schedule.decay={self.decay}", self.decay_shape)
         if has_decay and self.decay_shape == "exponential" and self.minimum == 0:
             raise ValueError("schedule.decay_shape=exponential never reaches schedule.minimum=0: set a minimum above 0")
+
+
+def without_unread(schedule: Any) -> Any:
+    """A section as a run of an older version may have kept it, without the settings that are refused by now since no
+    rate depends on them; anything else as it is."""
+    try:
+        unread = ScheduleConfig.model_construct(**schedule).unread
+    except (TypeError, ValueError):
+        return schedule
+    return {name: value for name, value in schedule.items() if name not in unread}
 
 
 class ParallelConfig(Section):

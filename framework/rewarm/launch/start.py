@@ -37,11 +37,12 @@ def start(config: RunConfig, arguments: list[str]) -> None:
         _train(config, watch)
         return
     from rewarm.engine.build import prepare_engine
+    from rewarm.mixing.mixers.build import with_targets
     from rewarm.train.folder import check_start, missing_folders, prepare_folder, remove_empty
     from rewarm.train.stage import resolve_stage
 
-    resolve_stage(config, num_ranks)
-    check_start(config)
+    resolved = config.model_copy(update={"mixture": with_targets(config.mixture, list(config.data))})
+    check_start(resolve_stage(resolved, num_ranks).config)
     prepare_engine(config)
     made, logs = missing_folders(config.folder), config.folder / "logs"
     prepare_folder(config.folder)

@@ -31,7 +31,7 @@ def evaluate_run(
     model = open_model(path, overrides)
     if data:
         length = model.config.batch.sequence_length
-        domains = [open_domain(name, domain_of_option(name, where), length) for name, where in data.items()]
+        domains = [open_domain(name, domain_of_option(name, where), length, None) for name, where in data.items()]
         check_tokenizers(model.tokenizer, model.architecture, domains)
     else:
         domains = model.stage(find_ranks().world_size).evaluated
@@ -64,7 +64,7 @@ def evaluate_huggingface(
             f"{folder} is a Hugging Face folder and names no domains", fix="give them: --data NAME=PATH, once for each"
         )
     check_model_folder(folder)
-    domains = [open_domain(name, domain_of_option(name, where), sequence_length) for name, where in data.items()]
+    domains = [open_domain(name, domain_of_option(name, where), sequence_length, None) for name, where in data.items()]
     _check_positions(folder, sequence_length)
     tokenizer = tokenizer_of(folder)
     if tokenizer is not None:

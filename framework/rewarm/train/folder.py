@@ -161,6 +161,9 @@ def _is_free(key: str, config: RunConfig) -> bool:
     # Under weights that follow the losses, when and on what they are measured decides the samples.
     if config.mixture.is_updated and key.startswith("evaluation.") and key != "evaluation.micro_batch_size":
         return False
+    # What no rate depends on is refused by now, and older runs hold it.
+    if key.removeprefix("schedule.") in config.schedule.unread:
+        return True
     # Files may move; that their content is the same is what the sampler checks.
     if key.startswith("data.") and key.endswith(".path"):
         return True
@@ -184,8 +187,8 @@ def write_run_files(config: RunConfig, stage: Stage, *, started: bool) -> None:
     """
     folder = stage.folder
     if not started:
+        keep_companions(folder, stage.tokenizer, stage.origin.parent, stage.trained)  # may refuse: before all else
         for name in ("metrics.jsonl", "evaluation.jsonl", "mixture.jsonl"):
             (folder / name).unlink(missing_ok=True)
-        keep_companions(folder, stage.tokenizer, stage.origin.parent, stage.trained)
         stage.lineage(None, 0, dict.fromkeys(stage.names, 0)).save(folder)
     write_whole(folder / FILE_NAME, dump(config))

@@ -12,6 +12,7 @@ from rewarm.checkpoint.distributed import read_state
 from rewarm.config.load import apply_override, build
 from rewarm.config.run import RunConfig
 from rewarm.config.saved import read_saved
+from rewarm.config.training import without_unread
 from rewarm.engine.base import Engine
 from rewarm.errors import UserError
 from rewarm.model.description import ModelDescription
@@ -19,8 +20,9 @@ from rewarm.train.parent import find_parent
 from rewarm.train.stage import Stage, resolve_stage
 from rewarm.train.state import MODEL
 
-_OF_THE_MACHINE = ("parallel", "distributed", "megatron", "offload")
-"""Settings of a run that belong to the machines it trained on; looking at its model starts from the defaults."""
+_OF_THE_MACHINE = ("parallel", "distributed", "megatron", "offload", "tracking", "stop_at")
+"""Settings of a run that belong to the machines it trained on, or to one invocation; looking at its model starts from
+the defaults."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,7 @@ def open_model(path: str | Path, overrides: Iterable[str] = ()) -> OpenModel:
     values = _settings(folder, found.checkpoint, found.architecture)
     for section in _OF_THE_MACHINE:
         values.pop(section, None)
+    values["schedule"] = without_unread(values.get("schedule"))
     kept = values.pop("deepspeed", None)
     # Whether the model's Python files may run is for the one to say who runs this, and never for the folder.
     values["deepspeed"] = {key: kept[key] for key in ("attention",) if isinstance(kept, dict) and key in kept}

@@ -98,6 +98,22 @@ def test_what_cannot_be_opened_is_named_with_its_fix(tmp_path: Path, pair: Path)
         open_domain("mine", DomainConfig(path=str(pair), held_out="nothing"), 64)
 
 
+def test_what_no_configuration_names_is_not_blamed_on_one(tmp_path: Path, pair: Path) -> None:
+    write_pair(tmp_path / "single", np.arange(3000, dtype=np.uint16))
+    for config in (
+        DomainConfig(path=str(tmp_path / "nowhere")),
+        DomainConfig(path=f"{pair}.bin"),
+        DomainConfig(path=str(tmp_path / "single")),
+        DomainConfig(path=str(pair), held_out="nothing"),
+        DomainConfig(path=str(pair), held_out=str(pair), held_out_fraction=0.3),
+    ):
+        with pytest.raises(UserError) as caught:
+            open_domain("mine", config, 64, section=None)
+        assert "data.mine" not in str(caught.value) and caught.value.fix
+        with pytest.raises(UserError, match=r"data\.mine"):
+            open_domain("mine", config, 64)
+
+
 _OPEN_MANY = """
 import os, resource, struct, sys
 from pathlib import Path
