@@ -7,7 +7,7 @@
 
 The faults are cosmic-ray's, made by an environment of its own in ``build/mutation`` (installed at the first run). One
 place of the code is drawn after another with the seed, and one fault for each. Tests run in a copy of the tree, those
-of the module's folder, in a process forked from an interpreter that has the libraries loaded but not the package, so
+that concern the module, in a process forked from an interpreter that has the libraries loaded but not the package, so
 that most faults cost less than a second. Results are kept there, and the same command goes on. A survivor that
 changes no result belongs into ``scripts/mutation_equivalent.json``, with the reason.
 """
@@ -22,6 +22,7 @@ import importlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -30,6 +31,7 @@ import time
 import venv
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import filterfalse
 from pathlib import Path
 from typing import Any
@@ -39,8 +41,8 @@ PACKAGE = Path("framework/rewarm")
 PLACES = ("mixing", "schedule", "data", "train/run.py")
 WORK = ROOT / "build" / "mutation"
 EQUIVALENT = Path(__file__).with_name("mutation_equivalent.json")
-TESTS = {"train/run.py": ["tests/unit/train"]}
-"""Tests of what does not lie in a folder of its own; the others are mirrored by ``tests/unit``."""
+SLOW = ("data", "train")
+"""Folders whose tests take long because they build corpora or bring up engines."""
 LEAST_SECONDS, FACTOR = 60.0, 8.0
 """Limit of a fault's tests: this much, or this many times as long as without a fault. What takes longer has noticed."""
 
@@ -120,6 +122,12 @@ def ask(arguments: list[str], given: str = "") -> list[Any]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@cache
+def original(module: str) -> str:
+    """A module as it was at the start: somebody may edit while this runs."""
+    return (ROOT / PACKAGE / module).read_text()
+
+
 def draw(modules: list[str], seed: int, number: int) -> list[tuple[Mutant, str]]:
     """Faults with their sources: places in random order, one fault of each kind of operator a place, without those that
     change only annotations and docstrings."""
@@ -142,7 +150,7 @@ def _computes_other(mutant: Mutant, source: str | None) -> bool:
     if source is None:
         return False
     try:
-        return _computed(source) != _computed((ROOT / PACKAGE / mutant.module).read_text())
+        return _computed(source) != _computed(original(mutant.module))
     except SyntaxError:
         return False
 
@@ -193,18 +201,18 @@ def copy_tree(target: Path) -> None:
 
 
 def tests_of(module: str, tree: Path) -> list[str]:
-    """Test files that concern a module: those that name it first."""
-    folders = TESTS.get(module) or [f"tests/unit/{Path(module).parts[0]}"]
-    files = sorted({path for folder in folders for path in (tree / folder).rglob("test_*.py")})
-    name = "rewarm." + module.removesuffix(".py").replace("/", ".")
-    files += [path for path in sorted((tree / "tests/unit").rglob("test_*.py")) if name in path.read_text()]
-    short = Path(module).stem
-
-    def concern(path: Path) -> tuple[bool, bool]:
-        return short not in path.stem, name not in path.read_text()
-
-    unique = dict.fromkeys(sorted(files, key=concern))
-    return [str(path.relative_to(tree)) for path in unique]
+    """Test files that concern a module: those that bear its name, those that import it, and then those of its folder,
+    unless that is a slow one and there are some of the first kinds."""
+    name, short = "rewarm." + module.removesuffix(".py").replace("/", "."), Path(module).stem
+    package, _, last = name.rpartition(".")
+    imports = re.compile(rf"\b{re.escape(name)}\b|from {re.escape(package)} import [^\n]*\b{last}\b")
+    files = sorted((tree / "tests/unit").rglob("test_*.py"))
+    own = [path for path in files if path.is_relative_to(tree / "tests/unit" / Path(module).parts[0])]
+    named = [path for path in own if short in path.stem]
+    found = named + [path for path in files if path not in named and imports.search(path.read_text())]
+    if not found or Path(module).parts[0] not in SLOW:
+        found += [path for path in own if path not in found]
+    return [str(path.relative_to(tree)) for path in found]
 
 
 def run_tests(tree: Path, tests: list[str], limit: float | None, modules_file: Path | None = None) -> str:
@@ -286,9 +294,7 @@ def faulty(path: Path, source: str) -> Iterator[None]:
 
 def difference(module: str, source: str) -> str:
     """The lines of a fault."""
-    lines = difflib.unified_diff(
-        (ROOT / PACKAGE / module).read_text().split("\n"), source.split("\n"), lineterm="", n=0
-    )
+    lines = difflib.unified_diff(original(module).split("\n"), source.split("\n"), lineterm="", n=0)
     return "\n".join(line for line in lines if line[:1] in "+-" and line[:3] not in ("---", "+++"))
 
 
