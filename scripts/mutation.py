@@ -23,6 +23,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -41,6 +42,8 @@ PACKAGE = Path("framework/rewarm")
 PLACES = ("mixing", "schedule", "data", "train/run.py")
 WORK = ROOT / "build" / "mutation"
 EQUIVALENT = Path(__file__).with_name("mutation_equivalent.json")
+MOST_MEMORY = 16 << 30
+"""Bytes of address space of the tests of a fault, which may ask for any size."""
 SLOW = ("data", "train")
 """Folders whose tests take long because they build corpora or bring up engines."""
 LEAST_SECONDS, FACTOR = 60.0, 8.0
@@ -187,12 +190,9 @@ def _is_text(node: ast.stmt) -> bool:
 def copy_tree(target: Path) -> None:
     """The tree without what tests do not need."""
     shutil.rmtree(target, ignore_errors=True)
-    skipped = shutil.ignore_patterns(".git", ".venv", "build", "runs", "data", "wandb", "__pycache__", ".*_cache")
     target.mkdir(parents=True)
     for name in ("framework", "tests", "scripts", "configs", "csrc", "launch", "docs"):
-        # The package has a folder data too.
-        chosen = shutil.ignore_patterns("__pycache__") if name == "framework" else skipped
-        shutil.copytree(ROOT / name, target / name, ignore=chosen)
+        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "setup.py", "README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
         shutil.copy(ROOT / name, target / name)
     # Bytecode that is believed only when the source's digest is that of the file.
@@ -220,6 +220,7 @@ def run_tests(tree: Path, tests: list[str], limit: float | None, modules_file: P
     child = os.fork()
     if child == 0:
         os.setsid()
+        resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
         os.chdir(tree)
         output = os.open(tree.parent / "output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
