@@ -127,7 +127,7 @@ def test_documents_outside_of_the_stream_are_broken_invariants(tmp_path: Path) -
     for document in (-1, 51):
         with pytest.raises(AssertionError):
             opened.document_start(document)
-    assert MAX_SEQUENCE_TOKENS == np.iinfo(np.int32).max
+    assert np.iinfo(np.int32).max == MAX_SEQUENCE_TOKENS
 
 
 def test_nothing_has_its_final_name_before_close(tmp_path: Path) -> None:
