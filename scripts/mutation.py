@@ -98,9 +98,9 @@ def list_mutants(modules: list[str]) -> None:
 
 
 def _is_left_out(operator: str) -> bool:
-    """Whether an operator makes no fault of its own: those that put in variables of one's choice, and identity for
-    equality, which differs by how the interpreter shares constants."""
-    return operator.startswith("core/Variable") or operator.endswith(("Eq_Is", "Eq_IsNot"))
+    """Whether an operator makes no fault of its own: those that put in variables of one's choice, and identity in place
+    of a comparison, which differs by how the interpreter shares constants."""
+    return bool(re.search(r"/Variable|ComparisonOperator_(?!Is)[A-Za-z]+_Is(Not)?$", operator))
 
 
 def make_mutants() -> None:
@@ -168,17 +168,16 @@ def _computed(source: str) -> str:
         body = getattr(node, "body", None)
         if isinstance(body, list):
             node.body = [child for child in body if not _is_text(child)]  # type: ignore[attr-defined]
-    for call in _flags_of_dataclasses(tree):
-        call.keywords = [keyword for keyword in call.keywords if keyword.arg not in ("frozen", "slots")]
+    for flag in _guarding_flags(tree):
+        flag.value = ast.Constant(True)
     return ast.dump(tree)
 
 
-def _flags_of_dataclasses(tree: ast.Module) -> Iterator[ast.Call]:
-    """The calls of ``dataclass`` as a decorator, whose settings here only forbid what nobody does."""
+def _guarding_flags(tree: ast.Module) -> Iterator[ast.keyword]:
+    """Settings that only forbid what nobody does: of ``dataclass``, and ``strict`` of ``zip``."""
     for node in ast.walk(tree):
-        for decorator in getattr(node, "decorator_list", []):
-            if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "dataclass":
-                yield decorator
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("dataclass", "zip"):
+            yield from (keyword for keyword in node.keywords if keyword.arg in ("frozen", "slots", "strict"))
 
 
 def _is_text(node: ast.stmt) -> bool:
