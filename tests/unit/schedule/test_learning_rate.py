@@ -102,7 +102,8 @@ def schedules(draw: st.DrawFn) -> tuple[ScheduleConfig, int]:
         values["decay_shape"] = draw(st.sampled_from(["linear", "one_minus_sqrt", "cosine", "exponential"]))
     if kind == "infinite":
         values["plateau"] = peak * draw(st.floats(0.3, 1))
-        values["cooldown"] = f"{draw(st.integers(1, num_steps // 4))} steps"
+        if values["plateau"] < peak:  # else there is nothing to cool down, and its length is refused
+            values["cooldown"] = f"{draw(st.integers(1, num_steps // 4))} steps"
     return ScheduleConfig(**values), num_steps
 
 
