@@ -296,6 +296,31 @@ def test_what_is_not_read_is_said_with_its_fix(tmp_path: Path) -> None:
     assert read(tmp_path, kind="text") == read(tmp_path / "README.md", kind="text") == ["text"]
 
 
+def test_a_file_that_changes_during_the_build_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(json_lines(TEXTS))
+    (shard,) = plan_inputs((str(file),)).shards
+    with open(file, "a") as stream:
+        stream.write(json_lines(TEXTS))
+    with pytest.raises(UserError, match=r"a\.jsonl changed since"):
+        list(ShardReader(shard, TextRule(), "file"))
+
+
+def test_a_name_that_is_nothing_here_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def refuse(*_: object) -> None:
+        raise ConnectionError("no network\nsecond line")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(
+        UserError, match=r"^some/name is no file or folder here, and datasets cannot load it: no network\n"
+    ):
+        read("some/name")
+    with pytest.raises(UserError, match="is a folder, but datasets cannot load it"):
+        read(tmp_path, subset="en")
+
+
 def test_lines_before_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text(json_lines(TEXTS))
