@@ -184,7 +184,13 @@ class ShardReader:
     def _marked_lines(self) -> Iterator[bytes]:
         """Lines without the byte-order marks that files had which were joined into this one."""
         mark = MARK.encode()
-        return (raw.removeprefix(mark) for raw in self._raw_lines())
+        for raw in self._raw_lines():
+            if self.lines == 1 and not raw.endswith(b"\n") and b"\r" in raw.rstrip(b"\r"):
+                raise UserError(
+                    f"{self.shard.name} ends its lines with carriage returns alone",
+                    fix="give it line ends that are known: tr '\\r' '\\n' < FILE > OTHER",
+                )
+            yield raw.removeprefix(mark)
 
     def _raw_lines(self) -> Iterator[bytes]:
         shard = self.shard

@@ -92,6 +92,14 @@ def test_nul_is_refused_by_line(tmp_path: Path, text_document: TextDocument) -> 
     assert read(tmp_path / "c.csv")[1].startswith("3: holds a NUL")
 
 
+def test_carriage_returns_alone_are_no_silent_single_line(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one\rtwo\r")
+    with pytest.raises(UserError, match="carriage returns alone"):
+        read(tmp_path / "a.txt", text_document="line")
+    (tmp_path / "a.txt").write_bytes(b"10%\r20%\r\nlast\r")
+    assert read(tmp_path / "a.txt", text_document="line") == ["10%\r20%", "last"]
+
+
 def test_one_byte_encodings(tmp_path: Path) -> None:
     for name, content in (("a.csv", "text,n\ncafé,1\nplain,2\n"), ("a.txt", "café\nplain\n")):
         (tmp_path / name).write_bytes(content.encode("cp1252"))
