@@ -7,7 +7,7 @@
 
 The faults are cosmic-ray's, made by an environment of its own in ``build/mutation`` (installed at the first run). One
 place of the code is drawn after another with the seed, and one fault for each. Tests run in a copy of the tree, those
-of the module's folder, in a process forked from an interpreter that has the libraries loaded but not the package, so
+that concern the module, in a process forked from an interpreter that has the libraries loaded but not the package, so
 that most faults cost less than a second. Results are kept there, and the same command goes on. A survivor that
 changes no result belongs into ``scripts/mutation_equivalent.json``, with the reason.
 """
@@ -22,14 +22,17 @@ import importlib
 import json
 import os
 import random
+import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import venv
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import filterfalse
 from pathlib import Path
 from typing import Any
@@ -39,8 +42,10 @@ PACKAGE = Path("framework/rewarm")
 PLACES = ("mixing", "schedule", "data", "train/run.py")
 WORK = ROOT / "build" / "mutation"
 EQUIVALENT = Path(__file__).with_name("mutation_equivalent.json")
-TESTS = {"train/run.py": ["tests/unit/train"]}
-"""Tests of what does not lie in a folder of its own; the others are mirrored by ``tests/unit``."""
+MOST_MEMORY = 16 << 30
+"""Bytes that the tests of a fault may take: it may ask for any size."""
+SLOW = ("data", "train")
+"""Folders whose tests take long because they build corpora or bring up engines."""
 LEAST_SECONDS, FACTOR = 60.0, 8.0
 """Limit of a fault's tests: this much, or this many times as long as without a fault. What takes longer has noticed."""
 
@@ -93,9 +98,9 @@ def list_mutants(modules: list[str]) -> None:
 
 
 def _is_left_out(operator: str) -> bool:
-    """Whether an operator makes no fault of its own: those that put in variables of one's choice, and identity for
-    equality, which differs by how the interpreter shares constants."""
-    return operator.startswith("core/Variable") or operator.endswith(("Eq_Is", "Eq_IsNot"))
+    """Whether an operator makes no fault of its own: those that put in variables of one's choice, and identity in place
+    of a comparison, which differs by how the interpreter shares constants."""
+    return bool(re.search(r"/Variable|ComparisonOperator_(?!Is)[A-Za-z]+_Is(Not)?$", operator))
 
 
 def make_mutants() -> None:
@@ -120,6 +125,12 @@ def ask(arguments: list[str], given: str = "") -> list[Any]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@cache
+def original(module: str) -> str:
+    """A module as it was at the start: somebody may edit while this runs."""
+    return (ROOT / PACKAGE / module).read_text()
+
+
 def draw(modules: list[str], seed: int, number: int) -> list[tuple[Mutant, str]]:
     """Faults with their sources: places in random order, one fault of each kind of operator a place, without those that
     change only annotations and docstrings."""
@@ -142,7 +153,7 @@ def _computes_other(mutant: Mutant, source: str | None) -> bool:
     if source is None:
         return False
     try:
-        return _computed(source) != _computed((ROOT / PACKAGE / mutant.module).read_text())
+        return _computed(source) != _computed(original(mutant.module))
     except SyntaxError:
         return False
 
@@ -157,17 +168,16 @@ def _computed(source: str) -> str:
         body = getattr(node, "body", None)
         if isinstance(body, list):
             node.body = [child for child in body if not _is_text(child)]  # type: ignore[attr-defined]
-    for call in _flags_of_dataclasses(tree):
-        call.keywords = [keyword for keyword in call.keywords if keyword.arg not in ("frozen", "slots")]
+    for flag in _guarding_flags(tree):
+        flag.value = ast.Constant(True)
     return ast.dump(tree)
 
 
-def _flags_of_dataclasses(tree: ast.Module) -> Iterator[ast.Call]:
-    """The calls of ``dataclass`` as a decorator, whose settings here only forbid what nobody does."""
+def _guarding_flags(tree: ast.Module) -> Iterator[ast.keyword]:
+    """Settings that only forbid what nobody does: of ``dataclass``, and ``strict`` of ``zip``."""
     for node in ast.walk(tree):
-        for decorator in getattr(node, "decorator_list", []):
-            if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "dataclass":
-                yield decorator
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("dataclass", "zip"):
+            yield from (keyword for keyword in node.keywords if keyword.arg in ("frozen", "slots", "strict"))
 
 
 def _is_text(node: ast.stmt) -> bool:
@@ -179,12 +189,9 @@ def _is_text(node: ast.stmt) -> bool:
 def copy_tree(target: Path) -> None:
     """The tree without what tests do not need."""
     shutil.rmtree(target, ignore_errors=True)
-    skipped = shutil.ignore_patterns(".git", ".venv", "build", "runs", "data", "wandb", "__pycache__", ".*_cache")
     target.mkdir(parents=True)
     for name in ("framework", "tests", "scripts", "configs", "csrc", "launch", "docs"):
-        # The package has a folder data too.
-        chosen = shutil.ignore_patterns("__pycache__") if name == "framework" else skipped
-        shutil.copytree(ROOT / name, target / name, ignore=chosen)
+        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "setup.py", "README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
         shutil.copy(ROOT / name, target / name)
     # Bytecode that is believed only when the source's digest is that of the file.
@@ -193,32 +200,38 @@ def copy_tree(target: Path) -> None:
 
 
 def tests_of(module: str, tree: Path) -> list[str]:
-    """Test files that concern a module: those that name it first."""
-    folders = TESTS.get(module) or [f"tests/unit/{Path(module).parts[0]}"]
-    files = sorted({path for folder in folders for path in (tree / folder).rglob("test_*.py")})
-    name = "rewarm." + module.removesuffix(".py").replace("/", ".")
-    files += [path for path in sorted((tree / "tests/unit").rglob("test_*.py")) if name in path.read_text()]
-    short = Path(module).stem
+    """Test files that concern a module: those that bear its name, those that import it, and then those of its folder,
+    unless that is a slow one and there are some of the first kinds."""
+    name, short = "rewarm." + module.removesuffix(".py").replace("/", "."), Path(module).stem
+    package, _, last = name.rpartition(".")
+    imports = re.compile(rf"\b{re.escape(name)}\b|from {re.escape(package)} import [^\n]*\b{last}\b")
+    files = sorted((tree / "tests/unit").rglob("test_*.py"))
+    own = [path for path in files if path.is_relative_to(tree / "tests/unit" / Path(module).parts[0])]
+    named = [path for path in own if short in path.stem]
+    found = named + [path for path in files if path not in named and imports.search(path.read_text())]
+    if not found or Path(module).parts[0] not in SLOW:
+        found += [path for path in own if path not in found]
+    return [str(path.relative_to(tree)) for path in found]
 
-    def concern(path: Path) -> tuple[bool, bool]:
-        return short not in path.stem, name not in path.read_text()
 
-    unique = dict.fromkeys(sorted(files, key=concern))
-    return [str(path.relative_to(tree)) for path in unique]
-
-
-def run_tests(tree: Path, tests: list[str], limit: float | None, modules_file: Path | None = None) -> str:
+def run_tests(
+    tree: Path, tests: list[str], limit: float | None, left_out: Sequence[str] = (), modules_file: Path | None = None
+) -> str:
     """Run tests in a fork of this process: ``passed``, ``failed`` or ``slow``."""
     child = os.fork()
     if child == 0:
         os.setsid()
+        resource.setrlimit(resource.RLIMIT_DATA, (MOST_MEMORY, MOST_MEMORY))
         os.chdir(tree)
         output = os.open(tree.parent / "output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
         os.dup2(output, 2)
         import pytest
 
-        code = int(pytest.main(["-x", "-q", "--hypothesis-seed=0", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]))
+        options = ["-q", "--hypothesis-seed=0", "-p", "no:cacheprovider", "-p", "no:xdist"]
+        options += ["-x"] if limit else []
+        options += [word for test in left_out for word in ("--deselect", test)]
+        code = int(pytest.main([*options, *tests]))
         if modules_file is not None:
             modules_file.write_text(json.dumps(sorted(sys.modules)))
         sys.stdout.flush()
@@ -241,27 +254,31 @@ class Tests:
     def __init__(self, tree: Path) -> None:
         self.tree = tree
         self._limits: dict[tuple[str, ...], float] = {}
+        self._left_out: list[str] = []
 
     def outcome(self, module: str) -> str:
         """Run the tests of a module with the tree as it is now."""
-        return run_tests(self.tree, tests_of(module, self.tree), self._limits[self._key(module)])
+        tests = tests_of(module, self.tree)
+        return run_tests(self.tree, tests, self._limits[tuple(tests)], self._left_out)
 
     def prepare(self, module: str) -> None:
-        """Load the libraries that its tests load, and run them without a fault."""
-        tests = self._key(module)
-        if tests in self._limits:
+        """Load the libraries that its tests load, and run them without a fault. Those that fail here, as one may that
+        measures the memory of its process, are left out."""
+        tests = tests_of(module, self.tree)
+        if tuple(tests) in self._limits:
             return
         loaded = self.tree.parent / "modules.json"
-        for turn in range(2):  # the second run is the one whose time counts, with the libraries there
+        run_tests(self.tree, tests, None, self._left_out, loaded)
+        _load(json.loads(loaded.read_text()), self.tree)
+        for _ in range(2):
             began = time.monotonic()
-            if run_tests(self.tree, list(tests), None, loaded) != "passed":
-                sys.exit(f"tests fail without a fault:\n{(self.tree.parent / 'output').read_text()[-3000:]}")
-            self._limits[tests] = max(LEAST_SECONDS, FACTOR * (time.monotonic() - began))
-            if turn == 0:
-                _load(json.loads(loaded.read_text()), self.tree)
-
-    def _key(self, module: str) -> tuple[str, ...]:
-        return tuple(tests_of(module, self.tree))
+            if run_tests(self.tree, tests, None, self._left_out) == "passed":
+                self._limits[tuple(tests)] = max(LEAST_SECONDS, FACTOR * (time.monotonic() - began))
+                return
+            output = (self.tree.parent / "output").read_text()
+            self._left_out += re.findall(r"(?m)^(?:FAILED|ERROR) (\S+)", output)
+            print(f"left out, since they fail without a fault: {', '.join(self._left_out)}")
+        sys.exit(f"tests fail without a fault:\n{output[-3000:]}")
 
 
 def _load(names: list[str], tree: Path) -> None:
@@ -286,9 +303,7 @@ def faulty(path: Path, source: str) -> Iterator[None]:
 
 def difference(module: str, source: str) -> str:
     """The lines of a fault."""
-    lines = difflib.unified_diff(
-        (ROOT / PACKAGE / module).read_text().split("\n"), source.split("\n"), lineterm="", n=0
-    )
+    lines = difflib.unified_diff(original(module).split("\n"), source.split("\n"), lineterm="", n=0)
     return "\n".join(line for line in lines if line[:1] in "+-" and line[:3] not in ("---", "+++"))
 
 

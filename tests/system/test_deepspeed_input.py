@@ -43,7 +43,10 @@ def test_code_of_a_trusted_model_trains_and_is_exported(place: Workplace) -> Non
     place.run("train", "own.yaml", *trusted)
     before, after = (place.lines("own", "evaluation.jsonl")[index] for index in (0, -1))
     assert after["domains"]["counting"]["loss"] < before["domains"]["counting"]["loss"]
-    output = place.run("export", "runs/own", "--output", "out", "--check")
+    assert "trust_remote_code: true" in (place.folder / "runs/own/config.yaml").read_text()
+    for command in (["export", "runs/own", "--output", "out"], ["evaluate", "runs/own"]):
+        check_message(place.run(*command, expect=2), "'homegrown' model in", "on the command line")
+    output = place.run("export", "runs/own", "deepspeed.trust_remote_code=true", "--output", "out", "--check")
     assert "exported" in output
     files = {path.name for path in Path(place.folder / "out").iterdir()}
     assert {"modeling_homegrown.py", "configuration_homegrown.py", "model.safetensors"} <= files

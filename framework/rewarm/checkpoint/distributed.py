@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rewarm.checkpoint import store
+from rewarm.checkpoint.store import STATE
 from rewarm.errors import UserError
-
-STATE = "state.json"
+from rewarm.files import read_json
 
 
 class Group(Protocol):
@@ -112,6 +112,9 @@ def find_checkpoint(group: Group, folder: Path, report: Callable[[str], None]) -
         UserError: if there are checkpoints but every one is damaged.
     """
     candidates = group.broadcast([str(path) for path in store.list_checkpoints(folder)])
+    latest = group.broadcast(store.named_latest(folder))
+    if candidates and latest is not None and latest > (store.step_of(Path(candidates[0])) or 0):
+        report(f"checkpoint step-{latest}, which {folder / store.LATEST} names, is gone")
     for candidate in map(Path, candidates):
         damage = find_damage(group, candidate)
         if damage is None:
@@ -119,7 +122,8 @@ def find_checkpoint(group: Group, folder: Path, report: Callable[[str], None]) -
         report(f"checkpoint skipped, it is damaged: {damage}")
     if candidates:
         raise UserError(
-            f"every checkpoint in {folder} is damaged", fix="restore one, or remove the folder to start the run again"
+            f"every checkpoint in {folder} is damaged",
+            fix="restore one; to begin again on purpose give the stage another name, or remove the run folder first",
         )
     return None
 
@@ -141,5 +145,9 @@ def find_damage(group: Group, checkpoint: Path) -> str | None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The plain state that was saved with a checkpoint."""
-    return json.loads((checkpoint / STATE).read_text())
+    """The plain state that was saved with a checkpoint.
+
+    Raises:
+        UserError: if its file is missing or damaged.
+    """
+    return read_json(checkpoint / STATE, fix="name another checkpoint of the run, or restore this one from a copy")

@@ -14,9 +14,15 @@ import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+from rewarm.files import parse_json, sync_folder, write_whole
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+STATE = "state.json"
+LATEST = "latest"
+"""Names the newest whole checkpoint."""
 _NAME = re.compile(r"^step-(\d+)$")
 _BLOCK = 1 << 22
 
@@ -41,7 +47,9 @@ def list_checkpoints(store: Path) -> list[Path]:
 
 def begin(store: Path, step: int) -> Path:
     """An empty folder to write the checkpoint of a step into; what a crash left there before is removed."""
-    store.mkdir(parents=True, exist_ok=True)
+    if not store.is_dir():
+        store.mkdir(parents=True)
+        sync_folder(store.parent)
     for stale in store.glob(".partial-step-*"):
         shutil.rmtree(stale, ignore_errors=True)
     partial = store / f".partial-step-{step}"
@@ -87,18 +95,16 @@ def commit(partial: Path, step: int, entries: dict[str, dict[str, int | str]]) -
         The visible folder.
     """
     store = partial.parent
-    _write_synced(partial / MANIFEST, json.dumps({"format": FORMAT, "step": step, "files": entries}, indent=1))
+    write_whole(partial / MANIFEST, json.dumps({"format": FORMAT, "step": step, "files": entries}, indent=1))
     for directory in [path for path in partial.rglob("*") if path.is_dir()] + [partial]:
-        _sync_directory(directory)
+        sync_folder(directory)
     final = store / f"step-{step}"
     if final.exists():
         # A damaged checkpoint of the same step that a resume stepped over.
         final.rename(store / f".partial-step-{step}-replaced")
     partial.rename(final)
-    _sync_directory(store)
-    _write_synced(store / "latest.tmp", final.name + "\n")
-    os.replace(store / "latest.tmp", store / "latest")
-    _sync_directory(store)
+    sync_folder(store)
+    write_whole(store / LATEST, final.name + "\n")
     shutil.rmtree(store / f".partial-step-{step}-replaced", ignore_errors=True)
     return final
 
@@ -110,13 +116,35 @@ def read_manifest(folder: Path) -> dict[str, dict[str, int | str]]:
         DamagedCheckpoint: if the manifest is missing or unreadable, or of another format.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = parse_json((folder / MANIFEST).read_bytes())
         version, files = manifest["format"], manifest["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpoint(f"{folder.name}: no readable {MANIFEST} ({error})") from error
     if version != FORMAT:
         raise DamagedCheckpoint(f"{folder.name}: format {version}, this version reads {FORMAT}")
+    if not isinstance(files, dict) or STATE not in files or not all(map(_is_entry, files.items())):
+        raise DamagedCheckpoint(f"{folder.name}: {MANIFEST} does not list the files of a checkpoint")
     return files
+
+
+def _is_entry(item: tuple[str, Any]) -> bool:
+    """True for a file inside the checkpoint with its size and digest."""
+    name, entry = item
+    parts = name.split("/")
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("bytes"), int)
+        and isinstance(entry.get("blake2b"), str)
+        and not {"", ".", ".."} & set(parts)
+    )
+
+
+def named_latest(store: Path) -> int | None:
+    """The step that ``latest`` names; None if there is no such file or it names none."""
+    try:
+        return step_of(Path((store / LATEST).read_text(errors="replace").strip()))
+    except OSError:
+        return None
 
 
 def verify(folder: Path, names: Iterable[str] | None = None) -> None:
@@ -138,6 +166,9 @@ def verify(folder: Path, names: Iterable[str] | None = None) -> None:
         if size != entry["bytes"]:
             raise DamagedCheckpoint(f"{folder.name}: {name} has {size} bytes, not {entry['bytes']}")
     chosen = list(files if names is None else names)
+    unlisted = [name for name in chosen if name not in files]
+    if unlisted:
+        raise DamagedCheckpoint(f"{folder.name}: {MANIFEST} does not list {unlisted[0]}")
     try:
         found = digest_files(folder, chosen)
     except OSError as error:
@@ -160,18 +191,3 @@ def prune(store: Path, keep: int, *, current: Path) -> list[Path]:
         folder.rename(hidden)
         shutil.rmtree(hidden, ignore_errors=True)
     return removed
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -35,10 +35,13 @@ def export(
         torchrun --nproc-per-node 8 -m rewarm export runs/large parallel.tensor=8 --dtype bfloat16
     """
     from rewarm.engine.environment import find_ranks
+    from rewarm.errors import UserError
     from rewarm.train.export import check_export, write_export
     from rewarm.train.open import open_model
 
     model = open_model(run, overrides or [])
+    if output is None and model.folder == model.checkpoint:
+        raise UserError(f"{run} is a checkpoint outside of its run", fix="say where to write: --output FOLDER")
     target = output or model.folder / "huggingface"
     dtype = dtype or model.config.precision
     tolerance = TOLERANCE["bfloat16" if "bfloat16" in (dtype, model.config.precision) else "float32"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -106,7 +106,13 @@ def _progress(run: Path, said: RunStatus | None) -> str:
     lines = read_lines(path) if path.exists() else []
     if not lines or said is None:
         return ""
-    last = lines[-1]
+    try:
+        return _told(lines[-1], said)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):  # a damaged line hides nothing else of the run
+        return ""
+
+
+def _told(last: dict[str, Any], said: RunStatus) -> str:
     text = f"  step {last['step']}/{said.total_steps}"
     if last["loss"] is not None:
         text += f"  loss {last['loss']:.4f}"

@@ -40,8 +40,9 @@ class DeepSpeedConfig(Section):
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """transformers' attention implementation; auto leaves the choice to it."""
     trust_remote_code: bool = False
-    """Run the Python files that the model's folder brings; without it such a model is refused. Those of a tokenizer
-    are never run."""
+    """Run the Python files that the model's folder brings; without it such a model is refused. Only the command line
+    can say so, every time: in a file it is refused, and what a run folder says of it counts for nothing. Those of a
+    tokenizer are never run."""
     json_file: PathText | None = None
     """A DeepSpeed JSON file to merge in, for keys that no setting here stands for. A key that contradicts the
     generated configuration is an error."""

@@ -32,8 +32,27 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         UserError: if the file cannot be read, a key is unknown (naming the nearest known one) or a value is refused.
     """
     values = read_mapping(path)
+    trusts = _take_trust(values)
     apply_overrides(values, overrides)
+    if trusts and _TRUST not in (values.get("deepspeed") or {}):
+        raise UserError(
+            f"{path} says deepspeed.{_TRUST}=true, and trust in a model's Python files is not taken from a file",
+            fix=f"read them, then say so on the command line: deepspeed.{_TRUST}=true",
+        )
     return build(values, source=str(path))
+
+
+_TRUST = "trust_remote_code"
+
+
+def _take_trust(values: dict[str, Any]) -> bool:
+    """Take the trust that a file gives out of its values: it is for the one to give who runs it, since files come
+    from anywhere. True if there was some, in whatever words."""
+    section = values.get("deepspeed")
+    if not isinstance(section, dict) or section.get(_TRUST) in (None, False):
+        return False
+    values["deepspeed"] = {key: value for key, value in section.items() if key != _TRUST}
+    return True
 
 
 def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> None:

@@ -54,7 +54,7 @@ def _explain(location: list[str], problem: Mapping[str, Any]) -> str:
     message = _message(location, problem)
     if problem["type"] == "missing":
         return f"{where} is required"
-    if not where:
+    if not where or message.startswith(f"{where}."):
         return message
     value = problem["input"]
     shown = "" if isinstance(value, dict | list) or value is None else f" (given: {short(value)})"

@@ -90,7 +90,7 @@ def _check_duration(text: str) -> str:
 def _needs_unit(value: Any) -> Any:
     if isinstance(value, int | float) and not isinstance(value, bool):
         shown = f"{value:g}" if math.isfinite(value) and value >= 0 else "100"
-        raise ValueError(f"a length of training needs its unit: write '{shown} steps', '{shown} tokens' or '{shown}%'")
+        raise ValueError(f"a length of training needs its unit: write '{shown} steps', '{shown} tokens' or '5%'")
     return value
 
 

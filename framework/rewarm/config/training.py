@@ -72,6 +72,10 @@ else:
     OptimizerConfig = OPTIMIZERS.section(OptimizerBase, "name")
 
 
+OPTIONAL = frozenset({"minimum", "decay", "decay_shape", "plateau", "cooldown"})
+"""The settings of a schedule that not every kind follows."""
+
+
 class ScheduleBase(Section):
     """Learning rate as a pure function of the tokens trained in this stage."""
 
@@ -103,7 +107,7 @@ class ScheduleBase(Section):
     @model_validator(mode="after")
     def _check_ignored(self) -> Self:
         schedule = SCHEDULES[self.kind].target
-        for name in {"minimum", "decay", "decay_shape", "plateau", "cooldown"} - set(schedule.uses):
+        for name in sorted(OPTIONAL - set(schedule.uses)):
             if name in self.model_fields_set and getattr(self, name) != type(self).model_fields[name].default:
                 raise ignored(f"schedule.{name}", f"schedule.kind={self.kind}")
         for name in ("minimum", "start", "plateau"):
@@ -116,11 +120,27 @@ class ScheduleBase(Section):
         schedule.check(self)
         return self
 
+    @property
+    def unread(self) -> list[str]:
+        """Settings that no rate depends on, whatever they are. Given ones are refused, but older runs hold some."""
+        found: list[str] = SCHEDULES[self.kind].target.unread(self)
+        return found
+
 
 if TYPE_CHECKING:
     ScheduleConfig = ScheduleBase
 else:
     ScheduleConfig = SCHEDULES.section(ScheduleBase, "kind", {"decay_shape": SHAPES})
+
+
+def without_unread(schedule: Any) -> Any:
+    """A section as a run of an older version may have kept it, without the settings that are refused by now since no
+    rate depends on them; anything else as it is."""
+    try:
+        unread = ScheduleConfig.model_construct(**schedule).unread
+    except (TypeError, ValueError):
+        return schedule
+    return {name: value for name, value in schedule.items() if name not in unread}
 
 
 class ParallelConfig(Section):

@@ -191,7 +191,8 @@ class _Builder:
             self._add(1, line)
             key = event.value
             if key in lines:
-                raise DuplicateKey(f"the key {_shown(key)} stands twice, in lines {lines[key]} and {line}")
+                where = f"in line {line}" if lines[key] == line else f"in lines {lines[key]} and {line}"
+                raise DuplicateKey(f"the key {_shown(key)} stands twice, {where}")
             lines[key] = line
             value = self._value(next(self._events), depth + 1)
             if key == "<<" and event.implicit[0]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rewarm.data.domain import DOMAIN_FILE
+from rewarm.data.domain import DIGEST, DOMAIN_FILE, file_digest, info_digest
 from rewarm.data.indexed import IndexedWriter
 from rewarm.data.parts import Batch, PartInfo, part_path, read_part, read_table
 from rewarm.data.split import HeldOutBy, first_occurrences, held_out_mask
@@ -129,6 +129,10 @@ class Assembly:
                 split.writer.close()
             else:
                 split.writer.abort()
+        for name, split in self.splits.items():
+            if split.documents:
+                info[name]["index_hash"] = file_digest(self.folder / f"{name}.idx")
+        info[DIGEST] = info_digest(info)
         with open(self.folder / DOMAIN_FILE, "w", encoding="utf-8", errors="backslashreplace") as stream:
             stream.write(json.dumps(info, indent=2, ensure_ascii=False) + "\n")
             stream.flush()

@@ -34,6 +34,10 @@ _SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _MAX_PROBED_TOKENS = 512
 
 
+class OwnCode(UserError):
+    """A tokenizer that only Python files of its folder can open."""
+
+
 def read_backend(folder: Path) -> tuple[Tokenizer, dict[str, str]]:
     """The tokenizer of a folder, as it was saved.
 
@@ -51,7 +55,15 @@ def read_backend(folder: Path) -> tuple[Tokenizer, dict[str, str]]:
         alone = Tokenizer.from_file(str(file))
         if _stands_alone(folder, alone):
             return alone, _named_tokens(read_json(folder, "tokenizer_config.json") or {})
-    tokenizer = load_with_transformers(folder)
+    try:
+        tokenizer = load_with_transformers(folder)
+    except OwnCode:
+        if file is None:
+            raise
+        from transformers import PreTrainedTokenizerFast
+
+        # What its files say without the code, as everything reads them that does not run Python.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
     backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UserError(
@@ -78,7 +90,7 @@ def load_with_transformers(folder: Path) -> Any:
     except Exception:
         code = _own_code(folder)
         if code is not None:
-            raise UserError(
+            raise OwnCode(
                 f"the tokenizer {folder} brings Python files of its own ({code}), which are never run: "
                 "deepspeed.trust_remote_code is for those of the model",
                 fix="give the folder of a tokenizer with tokenizer.json, which needs none",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,9 +13,10 @@ import numpy as np
 
 from rewarm.config.data import DomainConfig
 from rewarm.data.fingerprint import range_fingerprint
-from rewarm.data.indexed import IndexedTokens
+from rewarm.data.indexed import CHECKED_BYTES, IndexedTokens
 from rewarm.data.windows import WindowReader
 from rewarm.errors import UserError
+from rewarm.files import read_json
 
 DOMAIN_FILE = "domain.json"
 FORMAT_VERSION = 1
@@ -109,13 +111,15 @@ class Domain:
 _WRONG = "set tokenizer to the folder of the tokenizer that the domain was made with"
 
 
-def open_domain(name: str, config: DomainConfig, sequence_length: int) -> Domain:
+def open_domain(name: str, config: DomainConfig, sequence_length: int, section: str | None = "data") -> Domain:
     """Open a folder made by ``rewarm data build`` or a bare Megatron pair; reads a few blocks, whatever the size.
 
     Args:
         name: the domain's name in the configuration.
         config: where it lies and what is held out.
         sequence_length: targets of a window.
+        section: of the configuration that names the domain, for messages; None if it comes from elsewhere, such as
+            the lineage or a command line.
 
     Raises:
         UserError: if it is missing, damaged, empty, no domain, or shorter than a window.
@@ -131,9 +135,10 @@ def open_domain(name: str, config: DomainConfig, sequence_length: int) -> Domain
                 f"{info['train']['tokens']}: they are not of one build",
                 fix="run rewarm data build again",
             )
-        held_out = _held_out_of_folder(name, path, config, info, sequence_length)
+        held_out = _held_out_of_folder(name, config, info, sequence_length, section)
+        check_content(path, info)
     else:
-        train, held_out = _open_bare(name, config, sequence_length)
+        train, held_out = _open_bare(name, config, sequence_length, section)
     for split, reader in (("train", train), ("held-out", held_out)):
         _check_long_enough(name, config.path, split, reader)
     own_held_out = config.held_out is None and bool(info)
@@ -168,78 +173,147 @@ def read_domain_file(folder: Path) -> dict[str, Any]:
         else:
             fix = f"make one: rewarm data build INPUT... --output {folder} --tokenizer FOLDER"
         raise UserError(f"{folder} is a folder but not a domain: it has no {DOMAIN_FILE}", fix=fix)
-    try:
-        info = json.loads(file.read_text())
-        version = info["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} cannot be read: {error}", fix="run rewarm data build again") from error
+    info = read_json(file, fix="run rewarm data build again")
+    if "format" not in info:
+        raise UserError(f"{file} is damaged: it has no format", fix="run rewarm data build again")
+    version = info["format"]
     if version != FORMAT_VERSION:
         raise UserError(
             f"{file} has format {version}; this version of rewarm reads format {FORMAT_VERSION}",
             fix="build the domain again, or use the rewarm that built it",
         )
-    return dict(info)
+    problem = _problem_of(info)
+    if problem is not None:
+        raise UserError(f"{file} is damaged: {problem}", fix="copy it again from its source, or build the domain again")
+    return info
+
+
+def _problem_of(info: dict[str, Any]) -> str | None:
+    """What is wrong with the content of ``domain.json``; None if it is what a build wrote."""
+    is_of_first_version = DIGEST not in info and "index_hash" not in str(info)
+    if not is_of_first_version and info.get(DIGEST) != info_digest(info):
+        return f"it is not what the build wrote, by its {DIGEST}"
+    expected = {"tokens": int, "bytes": int, "content_hash": str}
+    for split in ("train", "held_out"):
+        found = info.get(split)
+        for key, kind in expected.items():
+            if not isinstance(found, dict) or not isinstance(found.get(key), kind):
+                return f"its {split} has no {key}"
+    return None if isinstance(info.get("tokenizer"), str) else "it has no tokenizer"
+
+
+DIGEST = "digest"
+"""Key of ``domain.json`` that stands for all others; those of the first versions have none."""
+
+
+def info_digest(info: dict[str, Any]) -> str:
+    """BLAKE2b of everything that ``domain.json`` says, but this digest itself."""
+    rest = {key: value for key, value in info.items() if key != DIGEST}
+    return hashlib.blake2b(json.dumps(rest, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """BLAKE2b of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def check_content(folder: Path, info: dict[str, Any]) -> None:
+    """Compare the small files of a domain with what was recorded when it was built; large ones would take too long
+    at every start, and have a fingerprint of spread blocks.
+
+    Raises:
+        UserError: naming the file that changed.
+    """
+    for split in ("train", "held_out"):
+        for suffix, key in ((".bin", "content_hash"), (".idx", "index_hash")):
+            path, recorded = folder / f"{split}{suffix}", info[split].get(key)
+            if not info[split]["tokens"] or recorded is None or path.stat().st_size > CHECKED_BYTES:
+                continue
+            if file_digest(path) != recorded:
+                raise UserError(
+                    f"{path} holds other data than its {DOMAIN_FILE} recorded: it changed since it was built",
+                    fix="copy it again from its source, or build the domain again: rewarm data build --overwrite",
+                )
+
+
+def _setting(section: str | None, name: str, field: str, value: object) -> str:
+    """How a message calls what was given: by its key, or, where there is none, by its value alone."""
+    return f"{value}" if section is None else f"{section}.{name}.{field}={value}"
+
+
+def _held_out_fix(section: str | None, name: str, otherwise: str) -> str:
+    return otherwise if section is None else f"set {section}.{name}.held_out to the prefix of a .bin/.idx pair"
 
 
 def _held_out_of_folder(
-    name: str, path: Path, config: DomainConfig, info: dict[str, Any], sequence_length: int
+    name: str, config: DomainConfig, info: dict[str, Any], sequence_length: int, section: str | None
 ) -> WindowReader:
-    _refuse_fraction(name, config, "the folder has a held-out split of its own")
+    _refuse_fraction(name, config, "the folder has a held-out split of its own", section)
     if config.held_out is not None:
-        return _open_held_out(name, config, sequence_length)
+        return _open_held_out(name, config, sequence_length, section)
     if info["held_out"]["tokens"] == 0:
         raise UserError(
-            f"domain {name!r} ({path}) was built without a held-out split",
-            fix=f"set data.{name}.held_out to the prefix of a .bin/.idx pair, or build with --held-out 0.01",
+            f"domain {name!r} ({config.path}) was built without a held-out split",
+            fix=_held_out_fix(section, name, "give one that has") + ", or build it with --held-out 0.01",
         )
-    return WindowReader(path / "held_out", sequence_length)
+    return WindowReader(Path(config.path) / "held_out", sequence_length)
 
 
-def _open_bare(name: str, config: DomainConfig, sequence_length: int) -> tuple[WindowReader, WindowReader]:
+def _open_bare(
+    name: str, config: DomainConfig, sequence_length: int, section: str | None
+) -> tuple[WindowReader, WindowReader]:
+    path = _setting(section, name, "path", config.path)
     for suffix in (".bin", ".idx"):
         if config.path.endswith(suffix):
-            raise UserError(
-                f"data.{name}.path={config.path} names one file of a pair", fix=f"write {config.path[: -len(suffix)]}"
-            )
+            raise UserError(f"{path} names one file of a pair", fix=f"write {config.path[: -len(suffix)]}")
     if not Path(config.path + ".bin").exists() and not Path(config.path + ".idx").exists():
         raise UserError(
-            f"data.{name}.path={config.path}: there is neither such a folder nor {config.path}.bin",
+            f"{path}: there is neither such a folder nor {config.path}.bin",
             fix="check the path (it is taken from the working directory), or make the domain with rewarm data build",
         )
     source = IndexedTokens(config.path)
     if config.held_out is not None:
-        _refuse_fraction(name, config, f"data.{name}.held_out={config.held_out} is set")
-        return WindowReader(source, sequence_length), _open_held_out(name, config, sequence_length)
+        held_out = _setting(section, name, "held_out", config.held_out)
+        _refuse_fraction(name, config, f"{held_out} is held out", section)
+        return WindowReader(source, sequence_length), _open_held_out(name, config, sequence_length, section)
     wanted = max(1, round(config.held_out_fraction * source.num_tokens))
     boundary = source.document_start(source.last_document_at_or_before(source.num_tokens - wanted))
     if source.num_tokens and boundary == 0:
         raise UserError(
             f"domain {name!r} ({config.path}): its last {config.held_out_fraction:.3g} cannot be held out as whole "
             f"documents, because nothing would be left to train on ({source.num_documents} documents)",
-            fix=f"set data.{name}.held_out to the prefix of another .bin/.idx pair",
+            fix=_held_out_fix(section, name, "give a pair of more documents"),
         )
     return WindowReader(source, sequence_length, 0, boundary), WindowReader(source, sequence_length, boundary)
 
 
-def _open_held_out(name: str, config: DomainConfig, sequence_length: int) -> WindowReader:
+def _open_held_out(name: str, config: DomainConfig, sequence_length: int, section: str | None) -> WindowReader:
     prefix = str(config.held_out)
     if not Path(prefix + ".bin").is_file():
         inside = next(
             (f"{prefix}/{split}" for split in ("held_out", "train") if Path(f"{prefix}/{split}.bin").is_file()), None
         )
         raise UserError(
-            f"data.{name}.held_out={prefix}: {prefix}.bin does not exist",
+            f"{_setting(section, name, 'held_out', prefix)}: {prefix}.bin does not exist",
             fix=f"write {inside}" if inside else "give the prefix of a .bin/.idx pair, without the suffix",
         )
     return WindowReader(prefix, sequence_length)
 
 
-def _refuse_fraction(name: str, config: DomainConfig, because: str) -> None:
-    if config.held_out_fraction != DomainConfig.model_fields["held_out_fraction"].default:
+def _refuse_fraction(name: str, config: DomainConfig, because: str, section: str | None) -> None:
+    if config.held_out_fraction == DomainConfig.model_fields["held_out_fraction"].default:
+        return
+    if section is None:
         raise UserError(
-            f"data.{name}.held_out_fraction={config.held_out_fraction} would be ignored: {because}",
-            fix=f"remove data.{name}.held_out_fraction",
+            f"the last {config.held_out_fraction:.3g} of domain {name!r} were held out of a bare pair, and "
+            f"{config.path} has another held-out split: {because}",
+            fix="name the pair itself, without a suffix",
         )
+    raise UserError(
+        f"{section}.{name}.held_out_fraction={config.held_out_fraction} would be ignored: {because}",
+        fix=f"remove {section}.{name}.held_out_fraction",
+    )
 
 
 def _check_long_enough(name: str, path: str, split: str, reader: WindowReader) -> None:

@@ -39,9 +39,9 @@ def dataset_files(given: str, subset: str | None, split: str | None) -> list[Pat
         raise
     except Exception as error:  # the library raises many kinds for an unknown name, no network, a bad file
         reason = str(error).strip().splitlines()
-        what = "is a folder that" if path.is_dir() else "is no file or folder here, nor one that"
+        what = "is a folder, but" if path.is_dir() else "is no file or folder here, and"
         raise UserError(
-            f"{given} {what} datasets cannot load: {reason[0] if reason else error!r}",
+            f"{given} {what} datasets cannot load it: {reason[0] if reason else repr(error)}",
             fix="check the name; a hub name needs a network, and some need --subset",
         ) from error
     return _arrow_files(given, _pick_split(given, loaded, split))

@@ -85,6 +85,9 @@ def read_header(path: Path) -> IndexHeader:
     return header
 
 
+CHECKED_BYTES = 1 << 24
+"""Files up to this size are read whole when a domain is opened, which takes milliseconds; of larger ones the ends and
+a spread of blocks are looked at."""
 _REBUILD = "copy the pair again from its source, or make it again with: rewarm data build"
 
 
@@ -136,6 +139,22 @@ class IndexedTokens:
             raise UserError(
                 f"{self.bin_path} should have {expected} bytes by its .idx and has {self.num_bytes}: {why}",
                 fix=_REBUILD,
+            )
+        if header.size <= CHECKED_BYTES:
+            self._check_tables()
+
+    def _check_tables(self) -> None:
+        """Refuse an index that contradicts itself: offsets follow from lengths, and documents never go back."""
+        header = self.header
+        raw = self.idx_path.read_bytes()
+        lengths = np.frombuffer(raw, "<i4", header.num_sequences, _HEADER.size).astype(np.int64)
+        pointers = np.frombuffer(raw, "<i8", header.num_sequences, header.pointers_offset)
+        documents = np.frombuffer(raw, "<i8", header.num_document_entries, header.documents_offset)
+        starts = (np.cumsum(lengths) - lengths) * header.dtype.itemsize
+        sound = (lengths >= 0).all() and (pointers == starts).all() and (np.diff(documents) >= 0).all()
+        if not sound or (len(documents) and documents[0] != 0):
+            raise UserError(
+                f"{self.idx_path} is damaged: its lengths, offsets and documents do not fit together", fix=_REBUILD
             )
 
     @property

@@ -122,6 +122,8 @@ def _resolve(given: str, options: InputOptions) -> tuple[list[_Found], int, bool
     if given in options.streams:
         name = "standard input" if given == STANDARD_INPUT else given
         return [_Found(options.streams[given], name, options.kind, named=True)], 0, False
+    if is_stream(given):
+        raise UserError(f"{given} is a stream, which only rewarm data build reads", fix="write it to a file first")
     if path.is_dir() and not is_saved_dataset(path) and options.subset is None and options.split is None:
         found, ignored = _files_of_folder(path, options.kind)
         return found, ignored, False

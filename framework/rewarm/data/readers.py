@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -82,6 +83,7 @@ class ShardReader:
     def __iter__(self) -> Iterator[Item]:
         kind = self.shard.kind
         try:
+            self._check_unchanged()
             if kind == "jsonl":
                 yield from self._json_lines()
             elif kind == "text":
@@ -95,6 +97,15 @@ class ShardReader:
         except OSError as error:
             raise unreadable(self.shard.name, error) from error
         self.consumed = self.shard.weight
+
+    def _check_unchanged(self) -> None:
+        """The pieces of a file were cut by the size that it had."""
+        status = os.stat(self.shard.path)
+        if (status.st_size, status.st_mtime_ns) != (self.shard.size, self.shard.modified):
+            raise UserError(
+                f"{self.shard.name} changed since this build looked at it",
+                fix="run the same command again once nothing writes to it any more",
+            )
 
     def _json_lines(self) -> Iterator[Item]:
         for raw in self._raw_lines():
@@ -173,7 +184,13 @@ class ShardReader:
     def _marked_lines(self) -> Iterator[bytes]:
         """Lines without the byte-order marks that files had which were joined into this one."""
         mark = MARK.encode()
-        return (raw.removeprefix(mark) for raw in self._raw_lines())
+        for raw in self._raw_lines():
+            if self.lines == 1 and not raw.endswith(b"\n") and b"\r" in raw.rstrip(b"\r"):
+                raise UserError(
+                    f"{self.shard.name} ends its lines with carriage returns alone",
+                    fix="give it line ends that are known: tr '\\r' '\\n' < FILE > OTHER",
+                )
+            yield raw.removeprefix(mark)
 
     def _raw_lines(self) -> Iterator[bytes]:
         shard = self.shard

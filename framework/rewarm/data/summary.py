@@ -151,12 +151,12 @@ def inspect_domain(path: str, sequence_length: int, num_samples: int, tokenizer:
 def _open_for_a_look(path: str) -> tuple[Domain, str]:
     """The domain; and, where nothing can be held out of a bare pair, why not, with all of it as its train split."""
     try:
-        return open_domain(Path(path).name, DomainConfig.model_construct(path=path), 1), ""
+        return open_domain(Path(path).name, DomainConfig.model_construct(path=path), 1, None), ""
     except UserError as error:
         if Path(path).is_dir() or not Path(f"{path}.bin").is_file() or IndexedTokens(path).num_tokens < 2:
             raise
         return open_domain(
-            Path(path).name, DomainConfig.model_construct(path=path, held_out=path), 1
+            Path(path).name, DomainConfig.model_construct(path=path, held_out=path), 1, None
         ), f"none: {error.message}"
 
 

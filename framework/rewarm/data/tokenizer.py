@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rewarm.data.backend import PROBE, read_backend
-from rewarm.data.model_folder import list_files, read_json
+from rewarm.data.model_folder import TOKENIZER_FILES, list_files, read_json
 from rewarm.errors import UserError
 
 if TYPE_CHECKING:
@@ -153,7 +155,7 @@ def _open(folder: Path) -> tuple[Tokenizer, dict[str, str]]:
             f"tokenizer {folder} is not a folder", fix="give the folder of a Hugging Face tokenizer or model"
         )
     try:
-        backend, named = read_backend(folder)
+        backend, named = _read_once(folder, _content(folder))
     except UserError:
         raise
     except Exception as error:  # both libraries raise bare Exception for a file they cannot read
@@ -162,10 +164,28 @@ def _open(folder: Path) -> tuple[Tokenizer, dict[str, str]]:
             f"the tokenizer {folder} cannot be opened: {reason[0] if reason else error!r}",
             fix="give a folder with tokenizer.json",
         ) from error
+    own = copy.deepcopy(backend)
+    own.encode_special_tokens = backend.encode_special_tokens  # which a copy does not take along
+    return own, dict(named)
+
+
+@lru_cache(maxsize=2)
+def _read_once(folder: Path, content: str) -> tuple[Tokenizer, dict[str, str]]:
+    """A start looks at its tokenizer several times, and transformers takes seconds to open a large one."""
+    backend, named = read_backend(folder)
     # A saved truncation would silently cut every document short.
     backend.no_truncation()
     backend.no_padding()
     return backend, named
+
+
+def _content(folder: Path) -> str:
+    """A digest of all that a tokenizer is read from."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, path in list_files(folder, (*TOKENIZER_FILES, "config.json")).items():
+        with open(path, "rb") as stream:
+            digest.update(name.encode() + hashlib.file_digest(stream, "blake2b").digest())
+    return digest.hexdigest()
 
 
 def _fingerprint(backend: Tokenizer, vocabulary: dict[str, int]) -> str:

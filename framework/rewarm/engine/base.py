@@ -184,7 +184,7 @@ class Engine(ABC):
 
     @abstractmethod
     def rng_state(self) -> Any:
-        """This rank's random state, picklable; what :meth:`set_rng_state` restores."""
+        """This rank's random state: byte tensors in nested dictionaries; what :meth:`set_rng_state` restores."""
 
     @abstractmethod
     def set_rng_state(self, state: Any) -> None:

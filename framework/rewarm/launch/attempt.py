@@ -7,7 +7,6 @@ if the job runs in one. Answers are shell assignments on standard output, messag
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shlex
@@ -15,9 +14,11 @@ import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rewarm.engine.environment import slurm_port
 from rewarm.errors import UserError
+from rewarm.files import parse_json
 from rewarm.launch.records import ERRORS, STOP, Attempt, attempts, newest_step, read_jobs, record, write_jobs
 from rewarm.resilience.status import read_status, this_attempt
 
@@ -103,7 +104,7 @@ def end(run: Path, submission: str, exit_status: int, job_state: str, again: str
 
 def judge(run: Path, submission: str, exit_status: int) -> Ending:
     """Read the exit status, the status file and the ranks' last words."""
-    reports = [json.loads(path.read_text()) for path in _errors_folder(run, submission).glob("rank-*.json")]
+    reports = [report for path in _errors_folder(run, submission).glob("rank-*.json") if (report := _report(path))]
     first = min(reports, key=lambda report: report["time"]) if reports else None
     status = read_status(run)
     if exit_status == 0 and status is not None and status.attempt == this_attempt() and status.state != "running":
@@ -120,6 +121,16 @@ def judge(run: Path, submission: str, exit_status: int) -> Ending:
         # Before training began nobody listens yet: the ranks just end, and there is nothing to save.
         return Ending("limit" if _SIGNALS[how] in _WARNINGS else "stopped", _SIGNALS[how])
     return Ending("crashed", f"the first rank to fail was on {node}: {how}")
+
+
+def _report(path: Path) -> dict[str, Any] | None:
+    """A rank's last words; None where the file is damaged, as on a disk that was full."""
+    try:
+        report = parse_json(path.read_bytes())
+        texts = {key: str(report[key]) for key in ("kind", "text", "host")}
+        return {**texts, "time": float(report["time"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def first_failure(messages: Path) -> tuple[str, str] | None:

@@ -51,6 +51,8 @@ class Places:
     """Interpreter, where there is no container."""
     mounts: tuple[Path, ...] = ()
     """What a container must see."""
+    trusts_code: bool = False
+    """Whether the one who submits trusts the model's Python files, which only a command line can say."""
 
 
 def job_name(run: Path) -> str:
@@ -95,6 +97,7 @@ def batch_script(request: JobRequest, places: Places) -> str:
     check_printable(request, places)
     code = places.submission / "code"
     config = places.submission / "config.yaml"
+    trust = " deepspeed.trust_remote_code=true" if places.trusts_code else ""
     lines = ["#!/bin/bash", f"# {places.run.name}: written by rewarm submit; runs again as it is with sbatch."]
     lines += [f"#SBATCH --{_sbatch_quoted(option)}" for option in _options(request, places)]
     lines += [
@@ -108,7 +111,7 @@ def batch_script(request: JobRequest, places: Places) -> str:
         "export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}",
         "",
         *_commands(request, places),
-        f"train=({_python(request, places)} -m rewarm train {shlex.quote(str(config))})",
+        f"train=({_python(request, places)} -m rewarm train {shlex.quote(str(config))}{trust})",
         "",
         f"source {shlex.quote(str(code / 'rewarm/launch/job.sh'))}",
     ]

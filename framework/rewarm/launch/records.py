@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rewarm.checkpoint.store import list_checkpoints, step_of
+from rewarm.files import parse_json, sync_folder, write_whole
 
 SCRIPT = "job.sbatch"
 CONFIG = "config.yaml"
@@ -57,19 +58,22 @@ def new_submission(run: Path) -> Path:
     past = [int(folder.name) for folder in submissions(run) if folder.name.isdigit()]
     folder = run / "slurm" / f"{max(past, default=0) + 1:03d}"
     folder.mkdir(parents=True)
+    for made in (folder.parent, folder.parent.parent):
+        sync_folder(made)
     return folder
 
 
 def write_jobs(submission: Path, ids: list[str]) -> None:
     """Remember the jobs of a submission."""
-    (submission / "jobs.json").write_text(json.dumps({"jobs": ids, "time": time.time()}))
+    write_whole(submission / "jobs.json", json.dumps({"jobs": ids, "time": time.time()}))
 
 
 def read_jobs(submission: Path) -> list[str]:
-    """The jobs of a submission; empty if it was never queued."""
+    """The jobs of a submission; empty if it was never queued, or if nobody can tell any more."""
     try:
-        return list(json.loads((submission / "jobs.json").read_text())["jobs"])
-    except (OSError, ValueError, KeyError):
+        jobs = parse_json((submission / "jobs.json").read_bytes())["jobs"]
+        return [str(job) for job in jobs] if isinstance(jobs, list) else []
+    except (OSError, ValueError, KeyError, TypeError):
         return []
 
 
@@ -88,31 +92,43 @@ def record(run: Path, line: dict[str, Any]) -> None:
     """Append to the attempts; one system call a line."""
     path = run / "slurm" / "attempts.jsonl"
     path.parent.mkdir(exist_ok=True)
+    is_new = not path.exists()
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         os.write(descriptor, json.dumps({**line, "time": time.time()}).encode() + b"\n")
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+    if is_new:
+        sync_folder(path.parent)
 
 
 def attempts(run: Path) -> list[Attempt]:
-    """Every attempt of a run, oldest first."""
+    """Every attempt of a run, oldest first. A damaged line is left out: its attempt then counts as lost, or not."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
     try:
-        lines = (run / "slurm" / "attempts.jsonl").read_text().splitlines()
+        lines = (run / "slurm" / "attempts.jsonl").read_bytes().splitlines()
     except OSError:
         return []
     for text in lines:
         try:
-            line = json.loads(text)
-        except ValueError:
+            _add_line(found, parse_json(text))
+        except (ValueError, KeyError, TypeError):
             continue
-        key = (line["submission"], line["attempt"])
-        if line["event"] == "begin":
-            began = {"nodes": line["nodes"], "began": line["time"], "first_step": line["step"]}
-            found[key] = {"submission": key[0], "name": key[1], **began}
-        elif key in found:
-            found[key] |= {"outcome": line["outcome"], "last_step": line["step"], "reason": line["reason"],
-                           "bad_nodes": tuple(line["bad_nodes"])}  # fmt: skip
     return [Attempt(**values) for values in found.values()]
+
+
+def _add_line(found: dict[tuple[str, str], dict[str, Any]], line: dict[str, Any]) -> None:
+    """Take one line of the attempts into account.
+
+    Raises:
+        KeyError, TypeError, ValueError: if it is none.
+    """
+    key = (str(line["submission"]), str(line["attempt"]))
+    if line["event"] == "begin":
+        began = {"nodes": str(line["nodes"]), "began": float(line["time"]), "first_step": int(line["step"])}
+        found[key] = {"submission": key[0], "name": key[1], **began}
+    elif key in found:
+        reason = None if line["reason"] is None else str(line["reason"])
+        found[key] |= {"outcome": str(line["outcome"]), "last_step": int(line["step"]), "reason": reason,
+                       "bad_nodes": tuple(str(node) for node in line["bad_nodes"])}  # fmt: skip

@@ -37,14 +37,25 @@ def start(config: RunConfig, arguments: list[str]) -> None:
         _train(config, watch)
         return
     from rewarm.engine.build import prepare_engine
-    from rewarm.train.folder import prepare_folder
+    from rewarm.mixing.mixers.build import with_targets
+    from rewarm.train.folder import check_start, missing_folders, prepare_folder, remove_empty
     from rewarm.train.stage import resolve_stage
 
-    resolve_stage(config, num_ranks)
-    prepare_folder(config)
+    resolved = config.model_copy(update={"mixture": with_targets(config.mixture, list(config.data))})
+    check_start(resolve_stage(resolved, num_ranks).config)
     prepare_engine(config)
+    made, logs = missing_folders(config.folder), config.folder / "logs"
+    prepare_folder(config.folder)
+    before = set(logs.iterdir())
     stop_seconds = 60.0 * config.distributed.stop_timeout
-    sys.exit(launch_local(arguments, num_ranks, config.folder / "logs", watch.busy(), stop_seconds))
+    status = launch_local(arguments, num_ranks, logs, watch.busy(), stop_seconds)
+    if status:
+        # Of ranks that were refused, or that had nothing to say.
+        for path in set(logs.glob("rank-*.out")) - before:
+            if path.stat().st_size == 0:
+                path.unlink()
+        remove_empty(made)
+    sys.exit(status)
 
 
 def dry_run(config: RunConfig) -> list[str]:

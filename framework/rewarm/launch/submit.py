@@ -14,6 +14,7 @@ from rewarm.config.load import dump
 from rewarm.config.run import RunConfig
 from rewarm.engine.layout import check_layout
 from rewarm.errors import UserError
+from rewarm.files import write_whole
 from rewarm.launch.batch_script import JobRequest, Places, batch_script, check_printable, is_apptainer, job_name
 from rewarm.launch.records import CODE, CONFIG, SCRIPT, all_jobs, new_submission, write_jobs
 from rewarm.launch.slurm import Partition, choose_partition, find_jobs, parse_time, run_slurm
@@ -53,7 +54,7 @@ def check_submission(config: RunConfig, request: JobRequest, cluster: Cluster | 
     config = stage.config
     if cluster is not None:
         messages += check_cluster(config, stage.architecture, request, cluster)
-    folder = prepare_folder(config)
+    folder = config.folder
     owner = find_owner(folder)
     if owner is not None:
         raise owned(folder, owner)
@@ -65,6 +66,7 @@ def check_submission(config: RunConfig, request: JobRequest, cluster: Cluster | 
         )
     if (folder / "checkpoints" / "latest").exists():
         messages += [f"resumes {folder}", *check_same_stage(config, folder)]
+    prepare_folder(folder)
     return messages + stage.messages
 
 
@@ -158,7 +160,7 @@ def write_submission(config: RunConfig, request: JobRequest) -> Path:
         The folder of the submission, ``<run>/slurm/<number>``.
     """
     folder = new_submission(config.folder.resolve())
-    (folder / CONFIG).write_text(dump(config))
+    write_whole(folder / CONFIG, dump(config))
     package = Path(rewarm.__file__).parent
     shutil.copytree(package, folder / CODE / "rewarm", ignore=shutil.ignore_patterns("__pycache__"))
     container = request.container
@@ -166,7 +168,7 @@ def write_submission(config: RunConfig, request: JobRequest) -> Path:
         request = replace(request, container=str(Path(container).resolve()))
     places = _places(config, request, folder)
     script = folder / SCRIPT
-    script.write_text(batch_script(request, places))
+    write_whole(script, batch_script(request, places))
     script.chmod(0o755)
     return folder
 
@@ -179,6 +181,7 @@ def _places(config: RunConfig, request: JobRequest, submission: Path) -> Places:
         # Not resolved: the link is what makes it the interpreter of a virtual environment.
         python=Path(sys.executable),
         mounts=_mounts(config) if request.container else (),
+        trusts_code=config.deepspeed.trust_remote_code,
     )
 
 

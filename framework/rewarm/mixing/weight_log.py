@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rewarm.errors import UserError, ensure
+from rewarm.files import parse_json, sync_folder
 from rewarm.mixing.weights import TOTAL
 
 
@@ -60,7 +61,8 @@ class WeightLog:
     after the checkpoint it resumes from, and never computes them again. Only one process may write it.
 
     Args:
-        path: the file; it need not exist. A last line that a crash left torn is removed when the log is opened.
+        path: the file; it need not exist. A last line that a crash left torn, or that another process is writing at
+            this moment, is no entry; it is cut off when this process appends, and never by one that only reads.
 
     Raises:
         UserError: if a line other than a torn last one is no entry, naming ``file:line``.
@@ -68,7 +70,7 @@ class WeightLog:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._entries = _read(self.path)
+        self._entries, self._torn_at = _read(self.path)
 
     def entries(self) -> list[WeightEntry]:
         """All entries, in the order they were written."""
@@ -104,28 +106,37 @@ class WeightLog:
             ensure(shares is None or sum(shares.values()) == TOTAL, "the shares of the objective do not sum to 2^32")
         line = json.dumps(entry.to_dict()) + "\n"
         try:
+            if self._torn_at is not None:
+                _cut(self.path, self._torn_at)
+                self._torn_at = None
+            is_new = not self.path.exists()
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
+            if is_new:
+                sync_folder(self.path.parent)
         except OSError as error:
             raise UserError(f"cannot write the weight log {self.path}: {error.strerror}") from error
         self._entries.append(entry)
         return entry
 
 
-def _read(path: Path) -> list[WeightEntry]:
-    if not path.exists():
-        return []
-    content = path.read_bytes()
+def _read(path: Path) -> tuple[list[WeightEntry], int | None]:
+    """The entries, and where a torn line begins, if there is one."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return [], None
+    except OSError as error:
+        raise UserError(f"cannot read the weight log {path}: {error.strerror}") from error
     whole, _, torn = content.rpartition(b"\n")
-    if torn:
-        _repair(path, len(content) - len(torn))
     lines = whole.split(b"\n") if whole else []
-    return [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+    entries = [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+    return entries, len(content) - len(torn) if torn else None
 
 
-def _repair(path: Path, length: int) -> None:
+def _cut(path: Path, length: int) -> None:
     """Cut a line without its end: it was never acknowledged, so nothing can have been sampled by it."""
     with path.open("r+b") as file:
         file.truncate(length)
@@ -135,8 +146,8 @@ def _repair(path: Path, length: int) -> None:
 
 def _parse(line: bytes, where: str) -> WeightEntry:
     try:
-        entry = WeightEntry.from_dict(json.loads(line))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        entry = WeightEntry.from_dict(parse_json(line))
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(
             f"{where} is no entry of a weight log: {error}", fix="restore the file; a run cannot resume without it"
         ) from error

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from rewarm.errors import UserError
+from rewarm.files import parse_json, write_whole
 
 FILE_NAME = "lineage.json"
 _FORMAT = 1
@@ -76,6 +77,16 @@ class Stage:
     tokens: int = 0
     """Target tokens it trained on."""
     domains: tuple[ConsumedDomain, ...] = ()
+    id: str = ""
+    """Given to a run when it starts; empty for a model from elsewhere, and in what the first versions wrote."""
+
+    @property
+    def identity(self) -> str:
+        """Tells stages apart: a path does not, since another run may lie where an ancestor lay. Derived from kind and
+        path where no identity was given."""
+        if self.id:
+            return self.id
+        return hashlib.blake2b(f"{self.kind}:{self.path}".encode(), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +101,12 @@ class Lineage:
         return self.stages[-1] if self.stages else None
 
     def extended(self, stage: Stage) -> Lineage:
-        """This lineage with a stage at its end; a stage that is there already (same path) is brought up to date.
+        """This lineage with a stage at its end; a stage that is there already is brought up to date.
 
         A run calls it at every checkpoint with what it consumed so far, so that a child of an unfinished run knows
         its parent rightly.
         """
-        if self.stages and self.stages[-1].path == stage.path:
+        if self.stages and self.stages[-1].identity == stage.identity:
             return Lineage((*self.stages[:-1], stage))
         return Lineage((*self.stages, stage))
 
@@ -145,14 +156,9 @@ class Lineage:
     def save(self, folder: str | Path) -> None:
         """Write ``lineage.json`` into a run folder; a reader sees the old file or the new one, never a torn one."""
         place = Path(folder) / FILE_NAME
-        aside = place.with_suffix(".json.tmp")
         text = json.dumps({"format": _FORMAT, "stages": [asdict(stage) for stage in self.stages]}, indent=2)
         try:
-            with aside.open("w", encoding="utf-8") as file:
-                file.write(text + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            aside.replace(place)
+            write_whole(place, text + "\n")
         except OSError as error:
             raise UserError(f"cannot write {place}: {error.strerror}") from error
 
@@ -178,9 +184,9 @@ class Lineage:
 
 def _parse(place: Path) -> Lineage:
     try:
-        value = json.loads(place.read_text(encoding="utf-8"))
+        value = parse_json(place.read_bytes())
         stages = tuple(_stage(entry) for entry in value["stages"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{place} cannot be read: {error}", fix="restore it from a copy of the run") from error
     if value.get("format") != _FORMAT:
         raise UserError(f"{place} has format {value.get('format')}; this version reads format {_FORMAT}")
@@ -189,4 +195,35 @@ def _parse(place: Path) -> Lineage:
 
 def _stage(entry: Mapping[str, Any]) -> Stage:
     domains = tuple(ConsumedDomain(**domain) for domain in entry["domains"])
-    return Stage(**{**entry, "domains": domains})
+    stage = Stage(**{**entry, "domains": domains})
+    _check_types(stage)
+    for domain in domains:
+        _check_types(domain)
+    return stage
+
+
+_KINDS: dict[Any, tuple[type, ...]] = {
+    "str": (str,),
+    "str | None": (str, type(None)),
+    "int": (int,),
+    "bool": (bool,),
+    "float": (int, float),
+    "float | None": (int, float, type(None)),
+}
+"""What JSON may hold for a field, by the field's annotation."""
+
+
+def _check_types(part: Stage | ConsumedDomain) -> None:
+    """Refuse values that would fail, or pass for others, only when they are used.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    for field in fields(part):
+        value: Any = getattr(part, field.name)
+        kinds = _KINDS.get(field.type)
+        if kinds is None:
+            continue
+        fits = isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)
+        if not fits or (isinstance(value, int) and value < 0):
+            raise ValueError(f"{field.name}={value!r} of {part.name!r}")

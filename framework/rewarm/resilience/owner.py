@@ -62,6 +62,10 @@ class Owner:
         what = f"process {self.pid}" if self.job is None else f"SLURM job {self.job}"
         return f"{what} on {self.host} (user {self.user}, since {time.strftime('%F %T', time.localtime(self.since))})"
 
+    def is_gone_here(self) -> bool:
+        """True if it was a process of this kernel and is none any more; False also where this host cannot know."""
+        return self.kernel == _kernel() and _start_ticks(self.pid) != self.started
+
     def is_alive(self) -> bool | None:
         """Whether it still runs; None when this host cannot know."""
         if self.kernel == _kernel():

@@ -7,7 +7,9 @@ import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
+
+from rewarm.files import parse_json, write_whole
 
 FILE = "status.json"
 
@@ -42,17 +44,20 @@ def this_attempt() -> str | None:
 def write_status(run: Path, state: State, step: int, total_steps: int, reason: str | None = None) -> None:
     """Replace the status of a run; a reader sees the old one or the new one. Main rank only."""
     status = RunStatus(state, step, total_steps, reason, this_attempt(), time.time())
-    aside = run / f".{FILE}"
-    with open(aside, "w") as file:
-        json.dump(asdict(status), file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, run / FILE)
+    write_whole(run / FILE, json.dumps(asdict(status), indent=1))
 
 
 def read_status(run: Path) -> RunStatus | None:
-    """The status of a run, None if it never started."""
+    """The status of a run; None if it never started, or if the file is damaged: the next start writes it anew."""
     try:
-        return RunStatus(**json.loads((run / FILE).read_text()))
+        status = RunStatus(**parse_json((run / FILE).read_bytes()))
     except (OSError, ValueError, TypeError):
         return None
+    numbers = (status.step, status.total_steps, status.time)
+    texts = (status.reason, status.attempt)
+    whole = (
+        status.state in get_args(State)
+        and all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers)
+        and all(text is None or isinstance(text, str) for text in texts)
+    )
+    return status if whole else None

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from rewarm.errors import UserError
+from rewarm.files import parse_json, sync_folder, write_whole
 
 TIMING_FIELDS = frozenset({"tokens_per_second"})
 """Keys of a metrics line that differ between two identical runs."""
@@ -229,7 +230,7 @@ class JsonLines:
         if dropped or damaged:
             self._file.close()
             try:
-                _replace(self.path, b"".join(kept))
+                write_whole(self.path, b"".join(kept))
             except OSError as error:
                 raise self._refused(error) from error
             finally:
@@ -247,7 +248,11 @@ class JsonLines:
     def _open(self) -> FileIO:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            return open(self.path, "ab", buffering=0)
+            is_new = not self.path.exists()
+            file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
+            if is_new:
+                sync_folder(self.path.parent)
+            return file
         except OSError as error:
             raise self._refused(error) from error
 
@@ -259,7 +264,7 @@ class JsonLines:
         if not raw.endswith(b"\n"):
             return None
         try:
-            position = json.loads(raw)[self.key]
+            position = parse_json(raw)[self.key]
         except (ValueError, KeyError, TypeError):
             return None
         return position if isinstance(position, int) else None
@@ -278,7 +283,7 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
     lines = []
     for raw in data.splitlines(keepends=True):
         try:
-            line = json.loads(raw) if raw.endswith(b"\n") else None
+            line = parse_json(raw) if raw.endswith(b"\n") else None
         except ValueError:
             continue
         if isinstance(line, dict):
@@ -295,18 +300,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write aside, wait for the disk, rename, wait for the folder."""
-    aside = path.with_name(path.name + ".new")
-    with open(aside, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

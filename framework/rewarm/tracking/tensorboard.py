@@ -4,8 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rewarm.errors import UserError
+
+
+def load_writer() -> Any:
+    """torch's writer of event files.
+
+    Raises:
+        UserError: if the tensorboard package is missing.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError(
+            "tracking.tensorboard=true needs the tensorboard package, which is not installed",
+            fix="run: pip install tensorboard, or set tracking.tensorboard=false",
+        ) from error
+    return SummaryWriter
 
 
 class TensorBoardWriter:
@@ -20,14 +37,7 @@ class TensorBoardWriter:
     """
 
     def __init__(self, folder: Path, resumed_step: int | None) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise UserError(
-                "tracking.tensorboard=true needs the tensorboard package, which is not installed",
-                fix="run: pip install tensorboard, or set tracking.tensorboard=false",
-            ) from error
-        self._writer = SummaryWriter(str(folder), purge_step=None if resumed_step is None else resumed_step + 1)
+        self._writer = load_writer()(str(folder), purge_step=None if resumed_step is None else resumed_step + 1)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Add one point to each curve."""

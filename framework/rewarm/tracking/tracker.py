@@ -11,6 +11,18 @@ from rewarm.tracking.metrics import EvaluationLine, JsonLines, MetricsLine, Trun
 from rewarm.tracking.scalars import evaluation_scalars, metrics_scalars
 
 
+def check_trackers(config: TrackingConfig) -> None:
+    """Refuse a tracker that could not be made, before anything is written.
+
+    Raises:
+        UserError: if tensorboard is asked for and missing.
+    """
+    if config.tensorboard:
+        from rewarm.tracking.tensorboard import load_writer
+
+        load_writer()
+
+
 class Tracker:
     """Fans a run's lines out; does nothing at all off the main rank.
 

@@ -23,6 +23,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from rewarm.config.training import WandbConfig
+from rewarm.files import parse_json, write_whole
 
 REMEMBER_EVERY = 10.0
 """Seconds between notes of the last step that wandb has; what came after the note is sent again after a kill.
@@ -216,12 +217,10 @@ class WandbWriter:
 
     def _recall(self) -> tuple[str, int]:
         try:
-            note = json.loads(self._note.read_text())
+            note = parse_json(self._note.read_bytes())
             return str(note["id"]), int(note["last_step"])
         except (OSError, ValueError, KeyError, TypeError):
             return secrets.token_hex(4), -1
 
     def _remember(self, last_step: int) -> None:
-        aside = self._note.with_name("wandb.json.new")
-        aside.write_text(json.dumps({"id": self._id, "last_step": last_step}) + "\n")
-        os.replace(aside, self._note)
+        write_whole(self._note, json.dumps({"id": self._id, "last_step": last_step}) + "\n")

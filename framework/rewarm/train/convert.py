@@ -8,15 +8,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rewarm.checkpoint import store
 from rewarm.checkpoint.distributed import read_state, save_checkpoint
 from rewarm.config.load import build, dump
 from rewarm.config.run import RunConfig
+from rewarm.config.saved import FILE_NAME, read_saved
 from rewarm.engine.base import Engine
 from rewarm.engine.environment import find_ranks
 from rewarm.errors import UserError
+from rewarm.files import write_whole
 from rewarm.model.description import for_other_engine
 from rewarm.replay.lineage import Lineage
 from rewarm.train.companions import copy_companions
@@ -84,7 +84,7 @@ def _check(model: OpenModel, engine: str, output: Path) -> None:
 
 
 def _settings(model: OpenModel, engine: str, output: Path) -> RunConfig:
-    values: dict[str, Any] = dict(yaml.safe_load((model.folder / "config.yaml").read_text()))
+    values: dict[str, Any] = read_saved(model.folder)
     for section in (*_OF_AN_ENGINE, "stop_at"):  # where this invocation stopped is no wish for the next
         values.pop(section, None)
     if read_state(model.checkpoint).get("replay") is None and values.get("replay", {}).get("fraction"):
@@ -115,6 +115,6 @@ def _write_run_files(model: OpenModel, config: RunConfig, output: Path) -> None:
             shutil.copyfile(model.folder / name, output / name)
     if model.companions is not None:
         copy_companions(model.companions, output)
-    (output / "config.yaml").write_text(dump(config))
+    write_whole(output / FILE_NAME, dump(config))
     converted = {"from": str(model.checkpoint), "engine": model.config.engine}
-    (output / "converted.json").write_text(json.dumps(converted, indent=1) + "\n")
+    write_whole(output / "converted.json", json.dumps(converted, indent=1) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 from rewarm.config.run import RunConfig
 from rewarm.engine.layout import check_layout
@@ -12,10 +13,10 @@ from rewarm.mixing.mixers.build import with_targets
 from rewarm.model.architecture import Architecture, parameter_count
 from rewarm.planner.memory import GIB, plan_memory
 from rewarm.planner.zero import count_parameters, state_bytes
-from rewarm.resilience.lock import find_owner, owned
 from rewarm.schedule.learning_rate import LearningRate
 from rewarm.tracking.console import short, weights_line
-from rewarm.train.folder import check_same_stage
+from rewarm.tracking.tracker import check_trackers
+from rewarm.train.folder import check_start
 from rewarm.train.stage import Stage, resolve_stage
 
 
@@ -35,7 +36,9 @@ def dry_run(config: RunConfig, num_ranks: int) -> list[str]:
     config = config.model_copy(update={"mixture": with_targets(config.mixture, list(config.data))})
     stage = resolve_stage(config, num_ranks)
     config = stage.config
-    messages = _check_folder(config, started=stage.origin.checkpoint is not None)
+    messages = check_start(config)
+    check_trackers(config.tracking)
+    _check_writable(config.folder)
     return [
         _line("run", f"{config.folder}, {_beginning(stage)}"),
         _line("model", _model(stage)),
@@ -57,19 +60,14 @@ def _line(title: str, text: str) -> str:
     return f"{title:<10} {text}".rstrip()
 
 
-def _check_folder(config: RunConfig, *, started: bool) -> list[str]:
-    """Refuse a run folder that is in use, of another stage, or that could not be written."""
-    owner = find_owner(config.folder)
-    if owner is not None:
-        raise owned(config.folder, owner)
-    place = next(path for path in (config.folder, *config.folder.resolve().parents) if path.exists())
+def _check_writable(folder: Path) -> None:
+    place = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise UserError(
-            f"the run folder {config.folder} cannot be written: {place} is "
+            f"the run folder {folder} cannot be written: {place} is "
             + ("not writable" if place.is_dir() else "no folder"),
             fix="make it writable, or set runs_folder to a place that is",
         )
-    return check_same_stage(config, config.folder) if started else []
 
 
 def _beginning(stage: Stage) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from rewarm.data.domain import Domain, open_domain
 from rewarm.data.model_folder import check_model_folder
 from rewarm.errors import UserError
 from rewarm.evaluation.held_out import HeldOutLoss, evaluate_domain, held_out_windows, summarise
+from rewarm.files import read_json
 
 
 def evaluate_run(
@@ -31,7 +31,7 @@ def evaluate_run(
     model = open_model(path, overrides)
     if data:
         length = model.config.batch.sequence_length
-        domains = [open_domain(name, domain_of_option(name, where), length) for name, where in data.items()]
+        domains = [open_domain(name, domain_of_option(name, where), length, None) for name, where in data.items()]
         check_tokenizers(model.tokenizer, model.architecture, domains)
     else:
         domains = model.stage(find_ranks().world_size).evaluated
@@ -64,7 +64,7 @@ def evaluate_huggingface(
             f"{folder} is a Hugging Face folder and names no domains", fix="give them: --data NAME=PATH, once for each"
         )
     check_model_folder(folder)
-    domains = [open_domain(name, domain_of_option(name, where), sequence_length) for name, where in data.items()]
+    domains = [open_domain(name, domain_of_option(name, where), sequence_length, None) for name, where in data.items()]
     _check_positions(folder, sequence_length)
     tokenizer = tokenizer_of(folder)
     if tokenizer is not None:
@@ -77,7 +77,7 @@ def evaluate_huggingface(
 
 
 def _check_positions(folder: Path, sequence_length: int) -> None:
-    longest = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
+    longest = read_json(folder / "config.json", fix="copy the model again").get("max_position_embeddings")
     if isinstance(longest, int) and sequence_length > longest:
         raise UserError(
             f"windows of {sequence_length} tokens are above max_position_embeddings={longest} of {folder}",

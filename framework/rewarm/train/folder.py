@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import logging.handlers
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
+from rewarm.checkpoint.store import list_checkpoints
 from rewarm.config.load import dump
 from rewarm.config.run import RunConfig
+from rewarm.config.saved import FILE_NAME, read_saved
+from rewarm.config.yaml_text import parse_yaml
 from rewarm.errors import UserError
+from rewarm.files import sync_folder, write_whole
+from rewarm.resilience.lock import find_owner, is_earlier_attempt, owned
+from rewarm.resilience.owner import Owner
 from rewarm.train.companions import keep_companions
 
 if TYPE_CHECKING:
@@ -26,19 +32,84 @@ FREE_AT_RESUME = (
 """Settings that leave the samples and the schedule as they are. Everything else makes another stage."""
 
 
-def prepare_folder(config: RunConfig) -> Path:
+class RunFolder:
+    """The run folder while it is not decided whether the session may write into it.
+
+    Args:
+        config: the stage.
+        rank: of this process.
+
+    Attributes:
+        accepted: True once the session writes.
+    """
+
+    def __init__(self, config: RunConfig, rank: int) -> None:
+        self.accepted = False
+        self._folder = config.folder
+        self._made = missing_folders(config.folder)
+        # Records wait in memory: a refused session leaves no trace in the folder either.
+        self._file = logging.FileHandler(self._folder / "logs" / f"rank-{rank}.log", delay=True)
+        self._file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self._held = logging.handlers.MemoryHandler(100_000, logging.CRITICAL + 1, self._file, flushOnClose=False)
+        self._logger = logging.getLogger("rewarm")
+        self._logger.addHandler(self._held)
+        self._logger.setLevel(logging.INFO)
+        self._logger.propagate = False
+        self._logger.info("started: %s", " ".join(sys.argv))
+
+    def prepare(self) -> Path:
+        """Make the folder, see that it can be written, and return it. On the main rank."""
+        return prepare_folder(self._folder)
+
+    def accept(self) -> None:
+        """From here on the session writes."""
+        self.accepted = True
+        self._keep_logs()
+
+    def refuse(self, *, keep_logs: bool) -> None:
+        """Leave the folder as it was, but for the log of a session that failed by no fault of the user's."""
+        if self.accepted:
+            return
+        if keep_logs and (self._folder / "logs").is_dir():
+            self._keep_logs()
+        self._logger.removeHandler(self._held)
+        remove_empty(self._made)
+
+    def _keep_logs(self) -> None:
+        self._logger.removeHandler(self._held)
+        self._held.flush()
+        self._logger.addHandler(self._file)
+
+
+def missing_folders(folder: Path) -> list[Path]:
+    """The folders that making a run folder would make, the innermost first."""
+    inner = [folder / "lock", folder / "logs"]
+    return [path for path in (*inner, folder, *folder.parents) if not path.exists()]
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove folders that a refused session made, innermost first; one with something in it stays."""
+    for path in folders:
+        with contextlib.suppress(OSError):
+            path.rmdir()
+
+
+def prepare_folder(folder: Path) -> Path:
     """Make the run folder.
 
     Raises:
         UserError: if it cannot be written.
     """
-    folder = config.folder
+    missing = missing_folders(folder)
     try:
         (folder / "logs").mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable-{os.getpid()}"
         probe.touch()
         probe.unlink()
+        for made in missing:
+            sync_folder(made.parent)
     except OSError as error:
+        remove_empty(missing)
         raise UserError(
             f"the run folder {folder} cannot be written: {error.strerror}",
             fix="make it writable, or set runs_folder to a place that is",
@@ -46,15 +117,21 @@ def prepare_folder(config: RunConfig) -> Path:
     return folder
 
 
-def open_logs(folder: Path, rank: int) -> None:
-    """Send this rank's log records to ``logs/rank-<r>.log``."""
-    handler = logging.FileHandler(folder / "logs" / f"rank-{rank}.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logger = logging.getLogger("rewarm")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    logger.info("started: %s", " ".join(sys.argv))
+def check_start(config: RunConfig) -> list[str]:
+    """Refuse, without ranks and without writing, a start that could only be refused later.
+
+    Returns:
+        A message for each setting that changed since the run was started, and may.
+
+    Raises:
+        UserError: if somebody else trains the run, or if this is another stage than the one in its folder.
+    """
+    owner = find_owner(config.folder)
+    if owner is not None and not is_earlier_attempt(owner, Owner.this_process()):
+        raise owned(config.folder, owner)
+    if not list_checkpoints(config.folder / "checkpoints"):
+        return []
+    return check_same_stage(config, config.folder)
 
 
 def check_same_stage(config: RunConfig, folder: Path) -> list[str]:
@@ -66,9 +143,9 @@ def check_same_stage(config: RunConfig, folder: Path) -> list[str]:
     Raises:
         UserError: if a setting changed that makes another stage.
     """
-    before = _flatten(yaml.safe_load((folder / "config.yaml").read_text()))
+    before = _flatten(read_saved(folder))
     before.setdefault("replay.windows", "all" if config.replay.fraction > 0 else "seen")  # of a run before the setting
-    now = _flatten(yaml.safe_load(dump(config)))
+    now = _flatten(parse_yaml(dump(config)))
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     refused = [key for key in changed if not _is_free(key, config)]
     if refused:
@@ -84,6 +161,9 @@ def _is_free(key: str, config: RunConfig) -> bool:
     # Under weights that follow the losses, when and on what they are measured decides the samples.
     if config.mixture.is_updated and key.startswith("evaluation.") and key != "evaluation.micro_batch_size":
         return False
+    # What no rate depends on is refused by now, and older runs hold it.
+    if key.removeprefix("schedule.") in config.schedule.unread:
+        return True
     # Files may move; that their content is the same is what the sampler checks.
     if key.startswith("data.") and key.endswith(".path"):
         return True
@@ -107,10 +187,8 @@ def write_run_files(config: RunConfig, stage: Stage, *, started: bool) -> None:
     """
     folder = stage.folder
     if not started:
+        keep_companions(folder, stage.tokenizer, stage.origin.parent, stage.trained)  # may refuse: before all else
         for name in ("metrics.jsonl", "evaluation.jsonl", "mixture.jsonl"):
             (folder / name).unlink(missing_ok=True)
-        keep_companions(folder, stage.tokenizer, stage.origin.parent, stage.trained)
         stage.lineage(None, 0, dict.fromkeys(stage.names, 0)).save(folder)
-    aside = folder / "config.yaml.new"
-    aside.write_text(dump(config))
-    os.replace(aside, folder / "config.yaml")
+    write_whole(folder / FILE_NAME, dump(config))

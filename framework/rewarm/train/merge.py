@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from rewarm.checkpoint.distributed import read_state
 from rewarm.data.domain import Domain
 from rewarm.engine.base import Engine
 from rewarm.engine.environment import find_ranks
@@ -27,6 +26,7 @@ from rewarm.mixing.average import average_shares
 from rewarm.mixing.weight_log import WeightLog
 from rewarm.replay.lineage import Lineage
 from rewarm.train.open import OpenModel, open_model
+from rewarm.train.state import read_run_state
 
 _MUST_AGREE = (
     "engine", "precision", "parent", "data", "batch.sequence_length", "batch.global_batch_size", "duration",
@@ -88,7 +88,7 @@ def _mixture(probe: OpenModel) -> dict[str, float]:
     """Mean shares of the domains in what was trained on, replayed ones included."""
     entries = WeightLog(probe.folder / "mixture.jsonl").entries()
     names = list(entries[0].weights) if entries else []
-    trained = int(read_state(probe.checkpoint)["sampler"]["sample_index"])
+    trained = int(read_run_state(probe.checkpoint)["sampler"]["sample_index"])
     return average_shares(entries, trained, names, objective=False)
 
 
@@ -107,7 +107,7 @@ def _check(probes: Sequence[OpenModel], shares: Sequence[dict[str, float]]) -> N
                 f"the probes differ in {setting}: {values[0]} in {one.folder}, {values[1]} in {other.folder}",
                 fix="train both with the same settings but mixture and replay",
             )
-    steps = [read_state(probe.checkpoint)["step"] for probe in probes]
+    steps = [read_run_state(probe.checkpoint)["step"] for probe in probes]
     if steps[0] != steps[1]:
         raise UserError(
             f"the probes are {steps[0]} and {steps[1]} steps long", fix="name checkpoints of the same step of both"

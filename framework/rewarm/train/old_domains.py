@@ -73,9 +73,9 @@ def _open(domain: ConsumedDomain, path: str, config: RunConfig) -> Domain:
         path=path, held_out=domain.held_out, held_out_fraction=domain.held_out_fraction
     )
     try:
-        return open_domain(domain.name, settings, config.batch.sequence_length)
+        return open_domain(domain.name, settings, config.batch.sequence_length, section=None)
     except UserError as error:
-        raise OSError(error.message) from error
+        raise OSError(error.message.removeprefix(f"{path}: ")) from error
 
 
 def _paths_of(config: RunConfig, name: str) -> dict[str, str]:

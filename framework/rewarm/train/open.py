@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rewarm.checkpoint import store
 from rewarm.checkpoint.distributed import read_state
 from rewarm.config.load import apply_override, build
 from rewarm.config.run import RunConfig
+from rewarm.config.saved import read_saved
+from rewarm.config.training import without_unread
 from rewarm.engine.base import Engine
 from rewarm.errors import UserError
 from rewarm.model.description import ModelDescription
@@ -20,8 +20,9 @@ from rewarm.train.parent import find_parent
 from rewarm.train.stage import Stage, resolve_stage
 from rewarm.train.state import MODEL
 
-_OF_THE_MACHINE = ("parallel", "distributed", "megatron", "offload")
-"""Settings of a run that belong to the machines it trained on; looking at its model starts from the defaults."""
+_OF_THE_MACHINE = ("parallel", "distributed", "megatron", "offload", "tracking", "stop_at")
+"""Settings of a run that belong to the machines it trained on, or to one invocation; looking at its model starts from
+the defaults."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +82,10 @@ def open_model(path: str | Path, overrides: Iterable[str] = ()) -> OpenModel:
     values = _settings(folder, found.checkpoint, found.architecture)
     for section in _OF_THE_MACHINE:
         values.pop(section, None)
-    kept = values.pop("deepspeed", {})
-    values["deepspeed"] = {key: kept[key] for key in ("attention", "trust_remote_code") if key in kept}
+    values["schedule"] = without_unread(values.get("schedule"))
+    kept = values.pop("deepspeed", None)
+    # Whether the model's Python files may run is for the one to say who runs this, and never for the folder.
+    values["deepspeed"] = {key: kept[key] for key in ("attention",) if isinstance(kept, dict) and key in kept}
     # The folder may have been moved or renamed since it was written, and the weights are in the checkpoint.
     values |= {"name": folder.name, "runs_folder": str(folder.parent)}
     for override in overrides:
@@ -94,7 +97,7 @@ def open_model(path: str | Path, overrides: Iterable[str] = ()) -> OpenModel:
 def _settings(folder: Path, checkpoint: Path, architecture: ModelDescription) -> dict[str, Any]:
     """The run's own settings, or, for an imported model, which has none, as few as an engine needs."""
     if (folder / "config.yaml").is_file():
-        return dict(yaml.safe_load((folder / "config.yaml").read_text()))
+        return read_saved(folder)
     return {
         "parent": str(checkpoint),
         "precision": read_state(checkpoint)["precision"],

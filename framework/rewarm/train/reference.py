@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rewarm.checkpoint.distributed import read_state
 from rewarm.config.json_text import parse_json
 from rewarm.config.run import RunConfig
+from rewarm.config.saved import saved_setting
 from rewarm.data.domain import Domain
 from rewarm.errors import UserError
 from rewarm.replay.lineage import Lineage
@@ -62,9 +61,8 @@ def _run_of(place: Path) -> tuple[Path, int | None]:
 
 
 def _check_same_windows(run: Path, config: RunConfig, domains: Sequence[Domain]) -> None:
-    before = yaml.safe_load((run / "config.yaml").read_text())
     for section, key in (("batch", "sequence_length"), ("evaluation", "windows_per_domain")):
-        theirs, ours = before[section][key], getattr(getattr(config, section), key)
+        theirs, ours = saved_setting(run, f"{section}.{key}"), getattr(getattr(config, section), key)
         if theirs != ours:
             raise UserError(
                 f"{SETTING}={run} was evaluated with {section}.{key}={theirs}, this stage has {ours}: the losses are "
@@ -88,7 +86,7 @@ def _from_file(place: Path, config: RunConfig, domains: Sequence[Domain]) -> dic
     try:
         measured = dict(parse_json(place.read_text(encoding="utf-8-sig"))["domains"])
         tokens = {name: int(row["tokens"]) for name, row in measured.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{SETTING}={place} is not the output of rewarm evaluate --json: {error}",
             fix="write it with: rewarm evaluate MODEL --data NAME=PATH --json",

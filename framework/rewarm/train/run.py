@@ -53,6 +53,8 @@ class Run:
     """Set by a hook that ends the run after this step."""
     poll_stop: Callable[[], bool] = lambda: False
     """Ask between the parts of something long whether a stop was requested meanwhile. Collective."""
+    check_owner: Callable[[], None] = lambda: None
+    """Raise if the run may belong to another process by now; on the main rank, before it writes a checkpoint."""
     extra_state: dict[str, Any] = field(default_factory=dict)
     """State of the hooks by name, as restored from the checkpoint."""
 

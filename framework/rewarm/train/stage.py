@@ -203,7 +203,9 @@ class Stage:
             )
             for domain in self.trained
         )
-        own = LineageStage(self.config.name, "run", str(self.folder.resolve()), learning_rate, tokens, consumed)
+        own = LineageStage(
+            self.config.name, "run", str(self.folder.resolve()), learning_rate, tokens, consumed, self.origin.run_id
+        )
         return self.origin.lineage.extended(own)
 
 
@@ -244,6 +246,12 @@ def resolve_stage(config: RunConfig, num_ranks: int) -> Stage:
     check_tokenizers(tokenizer, architecture, trained)
     if tokenizer is not None:
         old.messages.extend(boundary_notices(new, tokenizer, has_parent=origin.parent is not None))
+    parent = origin.parent
+    if parent is not None and parent.checkpoint == parent.folder and config.tokenizer is None:
+        old.messages.append(
+            f"parent={parent.folder} lies outside of its run, where its tokenizer is: "
+            + ("none is known" if tokenizer is None else f"{tokenizer} of the domains is taken")
+        )
     evaluated = trained + _watchable(old, tokenizer, architecture)
     _check_enough_windows(config, trained, weights, orders)
     if origin.checkpoint is None:  # a run that has begun goes on: what a phase may cost the objective is in its log

@@ -255,3 +255,17 @@ def test_no_duration_is_no_step() -> None:
         {"checkpoint": {"interval": "0 steps"}},
     ):
         assert "is no step at all" in refused({**BASE, **setting})
+
+
+@pytest.mark.parametrize("word", ["true", "1", "'yes'", "'on'"])
+@pytest.mark.parametrize("override", ["deepspeed.trust_remote_code=true", "deepspeed={trust_remote_code: true}"])
+def test_trust_in_python_files_is_given_by_the_command_line_alone(tmp_path: Path, override: str, word: str) -> None:
+    """A file may come from anybody."""
+    values = "name: x\nengine: deepspeed\nparent: p\ndata: {a: p}\n"
+    (tmp_path / "plain.yaml").write_text(values)
+    (tmp_path / "trusting.yaml").write_text(values + f"deepspeed: {{trust_remote_code: {word}}}\n")
+    assert load(tmp_path / "plain.yaml", [override]).deepspeed.trust_remote_code
+    assert load(tmp_path / "trusting.yaml", [override]).deepspeed.trust_remote_code
+    assert not load(tmp_path / "trusting.yaml", ["deepspeed.trust_remote_code=false"]).deepspeed.trust_remote_code
+    with pytest.raises(UserError, match=r"not taken from a file(.|\n)*deepspeed.trust_remote_code=true"):
+        load(tmp_path / "trusting.yaml", ["deepspeed.zero_stage=2"])

@@ -48,7 +48,8 @@ def test_a_key_that_stands_twice_is_refused_at_any_depth(
     tmp_path: Path, text: str, key: str, lines: tuple[int, int]
 ) -> None:
     path = stage(tmp_path, STAGE + text)
-    assert f"{path}: the key '{key}' stands twice, in lines {lines[0]} and {lines[1]}" in refusal(path)
+    where = f"in line {lines[0]}" if lines[0] == lines[1] else f"in lines {lines[0]} and {lines[1]}"
+    assert f"{path}: the key '{key}' stands twice, {where}" in refusal(path)
 
 
 def test_a_key_that_stands_twice_in_an_override_or_in_json_is_refused(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from rewarm.data.parts import make_batches
 from rewarm.data.split import held_out_mask, text_hash
 from rewarm.data.summary import build_caption
 from rewarm.errors import UserError
-from unit.data.helpers import write_pair
+from unit.data.helpers import start_python, write_pair
 
 
 @pytest.fixture
@@ -58,6 +58,16 @@ def test_names_that_are_not_utf_8(settings: BuildSettings, tmp_path: Path, texts
         reject = json.loads((output / "rejects.jsonl").read_text())
         assert reject["file"] == str(corpus)
         assert json.loads((output / "domain.json").read_text())["inputs"] == [str(odd)]
+
+
+def test_the_command_prints_names_that_are_not_utf_8(settings: BuildSettings, tmp_path: Path) -> None:
+    odd = os.fsdecode(bytes(tmp_path) + b"/caf\xe9")
+    Path(odd).mkdir()
+    (Path(odd) / "a.txt").write_text("text")
+    command = ["-m", "rewarm", "data", "build", odd, "-o", f"{odd}/out", "--tokenizer", str(settings.tokenizer)]
+    process = start_python(*command, "--held-out", "0")
+    printed, errors = process.communicate(timeout=300)
+    assert process.returncode == 0 and "caf\\udce9/out" in printed, errors
 
 
 @pytest.mark.parametrize("failing", ["assemble", "close", 0, 3, 7, 11, "tolerance", "held_out"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from patience import PATIENCE
 from rewarm.config.data import DomainConfig
 from rewarm.data import indexed
-from rewarm.data.domain import open_domain
+from rewarm.data.domain import file_digest, info_digest, open_domain
 from rewarm.errors import UserError
 from unit.data.helpers import start_python, write_pair
 
@@ -96,6 +98,22 @@ def test_what_cannot_be_opened_is_named_with_its_fix(tmp_path: Path, pair: Path)
         open_domain("mine", DomainConfig(path=str(pair), held_out="nothing"), 64)
 
 
+def test_what_no_configuration_names_is_not_blamed_on_one(tmp_path: Path, pair: Path) -> None:
+    write_pair(tmp_path / "single", np.arange(3000, dtype=np.uint16))
+    for config in (
+        DomainConfig(path=str(tmp_path / "nowhere")),
+        DomainConfig(path=f"{pair}.bin"),
+        DomainConfig(path=str(tmp_path / "single")),
+        DomainConfig(path=str(pair), held_out="nothing"),
+        DomainConfig(path=str(pair), held_out=str(pair), held_out_fraction=0.3),
+    ):
+        with pytest.raises(UserError) as caught:
+            open_domain("mine", config, 64, section=None)
+        assert "data.mine" not in str(caught.value) and caught.value.fix
+        with pytest.raises(UserError, match=r"data\.mine"):
+            open_domain("mine", config, 64)
+
+
 _OPEN_MANY = """
 import os, resource, struct, sys
 from pathlib import Path
@@ -135,6 +153,61 @@ def test_memory_and_open_files_do_not_grow_with_the_data(tmp_path: Path) -> None
     printed, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
     assert int(printed) < 100
+
+
+def test_no_flipped_bit_of_an_index_passes(pair: Path) -> None:
+    """Lengths and offsets follow from each other; the header is checked by itself."""
+    index = Path(f"{pair}.idx")
+    whole = index.read_bytes()
+    documents = len(whole) - 8 * 301
+    generator = np.random.default_rng(0)
+    for place in [*range(34), *generator.integers(34, documents, 150).tolist()]:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << int(generator.integers(8))
+        index.write_bytes(damaged)
+        with pytest.raises(UserError):
+            open_domain("a", DomainConfig(path=str(pair)), 32)
+    index.write_bytes(whole)
+    open_domain("a", DomainConfig(path=str(pair)), 32)
+
+
+@pytest.fixture
+def built(tmp_path: Path) -> Path:
+    """A domain as ``rewarm data build`` leaves it, on a fingerprint of nothing but its own files."""
+    tokens = np.random.default_rng(2).integers(0, 99, 9000).astype(np.uint16)
+    for name, part in (("train", tokens[:8000]), ("held_out", tokens[8000:])):
+        write_pair(tmp_path / name, part, [20] * (len(part) // 20))
+    info: dict[str, Any] = {"format": 1, "tokenizer": "../tokenizer", "vocab_size": 99}
+    for name in ("train", "held_out"):
+        files = {key: file_digest(tmp_path / f"{name}{end}") for key, end in PAIR.items()}
+        info[name] = {"tokens": 8000 if name == "train" else 1000, "bytes": 1, "documents": 1, **files}
+    (tmp_path / "domain.json").write_text(json.dumps(info | {"digest": info_digest(info)}))
+    return tmp_path
+
+
+PAIR = {"content_hash": ".bin", "index_hash": ".idx"}
+
+
+@pytest.mark.parametrize("name", ["train.bin", "train.idx", "held_out.bin", "held_out.idx", "domain.json"])
+def test_no_flipped_bit_of_a_built_domain_passes(built: Path, name: str) -> None:
+    open_domain("a", DomainConfig(path=str(built)), 32)
+    whole = (built / name).read_bytes()
+    generator = np.random.default_rng(1)
+    for place in [0, len(whole) - 1, *generator.integers(0, len(whole), 60).tolist()]:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << int(generator.integers(8))
+        (built / name).write_bytes(damaged)
+        with pytest.raises(UserError, match=name.replace(".", r"\.") if name == "domain.json" else None):
+            open_domain("a", DomainConfig(path=str(built)), 32)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", "[" * 100_000, '{"format": 1}', '{"format": 1, "train": []}', "\udcff", "null"]
+)
+def test_a_damaged_domain_file_is_named(built: Path, text: str) -> None:
+    (built / "domain.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError, match=r"domain\.json"):
+        open_domain("a", DomainConfig(path=str(built)), 32)
 
 
 def test_a_file_that_changes_under_a_run_is_refused(pair: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rewarm.data.indexed import IndexedTokens, IndexedWriter, token_dtype
+from rewarm.data.indexed import MAX_SEQUENCE_TOKENS, IndexedTokens, IndexedWriter, token_dtype
 from rewarm.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:Transformer Engine and Apex")
@@ -96,6 +96,10 @@ def test_damaged_index_is_refused(tmp_path: Path) -> None:
         (whole[:-8], "cut short"),
         (whole[:20], "not a Megatron index"),
         (b"x" + whole[1:], "not a Megatron index"),
+        (b"A" + whole[1:], "not a Megatron index"),
+        (whole[:33], "not a Megatron index"),
+        (b"", "not a Megatron index"),
+        (whole[:9] + struct.pack("<Q", 0) + whole[17:], "version 0"),
         (whole[:9] + struct.pack("<Q", 2) + whole[17:], "version 2"),
         (whole[:17] + b"\x07" + whole[18:], "dtype code 7"),
         (whole[:-8] + struct.pack("<q", 3), "closes its documents"),
@@ -103,6 +107,27 @@ def test_damaged_index_is_refused(tmp_path: Path) -> None:
         index.write_bytes(damaged)
         with pytest.raises(UserError, match=words):
             IndexedTokens(tmp_path / "a")
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.int32, np.int64, np.uint16])
+def test_every_integer_type_has_megatrons_code(tmp_path: Path, dtype: type) -> None:
+    from megatron.core.datasets.indexed_dataset import DType
+
+    _write(tmp_path / "a", _documents(dtype))
+    assert (tmp_path / "a.idx").read_bytes()[17] == DType.code_from_dtype(dtype)
+    opened = IndexedTokens(tmp_path / "a")
+    assert opened.dtype == dtype and np.array_equal(opened.document(49), _documents(dtype)[49])
+    assert np.array_equal(opened.tokens, np.concatenate(_documents(dtype)))
+
+
+def test_documents_outside_of_the_stream_are_broken_invariants(tmp_path: Path) -> None:
+    _write(tmp_path / "a", _documents(np.uint16))
+    opened = IndexedTokens(tmp_path / "a")
+    assert opened.document_start(50) == opened.num_tokens
+    for document in (-1, 51):
+        with pytest.raises(AssertionError):
+            opened.document_start(document)
+    assert np.iinfo(np.int32).max == MAX_SEQUENCE_TOKENS
 
 
 def test_nothing_has_its_final_name_before_close(tmp_path: Path) -> None:

@@ -92,6 +92,14 @@ def test_nul_is_refused_by_line(tmp_path: Path, text_document: TextDocument) -> 
     assert read(tmp_path / "c.csv")[1].startswith("3: holds a NUL")
 
 
+def test_carriage_returns_alone_are_no_silent_single_line(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one\rtwo\r")
+    with pytest.raises(UserError, match="carriage returns alone"):
+        read(tmp_path / "a.txt", text_document="line")
+    (tmp_path / "a.txt").write_bytes(b"10%\r20%\r\nlast\r")
+    assert read(tmp_path / "a.txt", text_document="line") == ["10%\r20%", "last"]
+
+
 def test_one_byte_encodings(tmp_path: Path) -> None:
     for name, content in (("a.csv", "text,n\ncafé,1\nplain,2\n"), ("a.txt", "café\nplain\n")):
         (tmp_path / name).write_bytes(content.encode("cp1252"))
@@ -294,6 +302,31 @@ def test_what_is_not_read_is_said_with_its_fix(tmp_path: Path) -> None:
             read(given, **options)  # type: ignore[arg-type]
         assert caught.value.fix
     assert read(tmp_path, kind="text") == read(tmp_path / "README.md", kind="text") == ["text"]
+
+
+def test_a_file_that_changes_during_the_build_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(json_lines(TEXTS))
+    (shard,) = plan_inputs((str(file),)).shards
+    with open(file, "a") as stream:
+        stream.write(json_lines(TEXTS))
+    with pytest.raises(UserError, match=r"a\.jsonl changed since"):
+        list(ShardReader(shard, TextRule(), "file"))
+
+
+def test_a_name_that_is_nothing_here_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def refuse(*_: object) -> None:
+        raise ConnectionError("no network\nsecond line")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(
+        UserError, match=r"^some/name is no file or folder here, and datasets cannot load it: no network\n"
+    ):
+        read("some/name")
+    with pytest.raises(UserError, match="is a folder, but datasets cannot load it"):
+        read(tmp_path, subset="en")
 
 
 def test_lines_before_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from patience import PATIENCE
 from unit.data.helpers import start_python
 
 _STUCK = """
@@ -54,7 +55,7 @@ def test_a_worker_that_is_stuck_in_a_library_ends_with_its_parent(tmp_path: Path
     worker = int(process.stdout.readline())
     process.send_signal(number)
     process.wait()
-    limit = time.monotonic() + 120
+    limit = time.monotonic() + PATIENCE
     try:
         while _runs(worker):
             assert time.monotonic() < limit, "the worker outlived its parent"
@@ -75,9 +76,9 @@ def test_an_interrupt_does_not_wait_for_documents_in_hand(tmp_path: Path, tokeni
     process.stdout.readline()
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=300)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert "KeyboardInterrupt" in errors and len(children) == 3  # two workers and multiprocessing's tracker
-    limit = time.monotonic() + 120
+    limit = time.monotonic() + PATIENCE
     while any(_runs(int(child)) for child in children):
         assert time.monotonic() < limit, "a worker outlived its parent"
         time.sleep(0.05)

@@ -67,6 +67,7 @@ BESIDE: dict[str, Callable[[Path], None]] = {
     "another eos there": lambda f: write(f, "special_tokens_map.json", {"eos_token": {**TOKEN, "content": "<new>"}}),
     "add_prefix_space": lambda f: change(f, add_prefix_space=True),
     "add_prefix_space of GPT-2": lambda f: change(f, add_prefix_space=True, tokenizer_class="GPT2Tokenizer"),
+    "a class of another version": lambda f: change(f, tokenizer_class="TokenizerOf2031"),
     "no class": lambda f: change(f, tokenizer_class=None),
     "class by the model": lambda f: (change(f, tokenizer_class=None), write(f, "config.json", {"model_type": "qwen2"})),
     "another class than the model's": lambda f: (
@@ -126,6 +127,18 @@ def test_a_folder_of_ours_is_opened_without_transformers(folder: Path, monkeypat
     open_backend(folder)
 
 
+def test_a_tokenizer_is_read_once_and_again_when_a_file_of_it_changes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = []
+    monkeypatch.setattr("rewarm.data.tokenizer.read_backend", lambda f: reads.append(f) or backend.read_backend(f))
+    first, second = open_backend(folder), open_backend(folder)
+    first.add_tokens(["<mine>"])
+    assert second.token_to_id("<mine>") is None and len(reads) == 1
+    write(folder, "added_tokens.json", {"<tool>": 300})
+    assert open_backend(folder).token_to_id("<tool>") is not None and len(reads) == 2
+
+
 def test_what_a_class_does_in_python_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoTokenizer
 
@@ -139,6 +152,17 @@ def test_what_a_class_does_in_python_is_refused(folder: Path, monkeypatch: pytes
     change(folder, add_prefix_space=False)
     with pytest.raises(UserError, match="Lowering changes texts in Python"):
         open_backend(folder)
+
+
+@pytest.mark.parametrize("own", ["homegrown.HomegrownTokenizer", ["homegrown.HomegrownTokenizer", None]])
+def test_code_of_a_tokenizer_with_a_fast_form_is_not_needed(own: object, folder: Path, tmp_path: Path) -> None:
+    added = {"300": {"content": "<tool>", **TOKEN}}
+    change(folder, tokenizer_class="HomegrownTokenizer", auto_map={"AutoTokenizer": own}, added_tokens_decoder=added)
+    (folder / "homegrown.py").write_text(f"open({str(tmp_path / 'was-run')!r}, 'w')\n")
+    plain = Path(shutil.copytree(folder, tmp_path / "plain"))
+    change(plain, tokenizer_class="PreTrainedTokenizerFast", auto_map=None)
+    assert tokenizer_fingerprint(folder) == tokenizer_fingerprint(plain)
+    assert open_backend(folder).token_to_id("<tool>") is not None and not (tmp_path / "was-run").exists()
 
 
 def test_split_special_tokens_are_asked_for(folder: Path) -> None:

@@ -71,3 +71,18 @@ def test_a_planned_change_may_be_written_before_an_earlier_one(tmp_path: Path) -
 def test_an_unwritable_place_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot write the weight log"):
         WeightLog(tmp_path / "missing" / "mixture.jsonl").append(0, HALF, "start")
+
+
+def test_a_reader_leaves_a_live_log_alone(tmp_path: Path) -> None:
+    path = tmp_path / "mixture.jsonl"
+    writer = WeightLog(path)
+    writer.append(0, HALF, "start")
+    whole = path.read_bytes()
+    for torn in (b'{"sam', b"{", b"\xff"):
+        path.write_bytes(whole + torn)
+        reader = WeightLog(path)
+        assert [entry.sample for entry in reader.entries()] == [0] and reader.effective(5)
+        assert path.read_bytes() == whole + torn
+    path.write_bytes(whole)
+    writer.append(50, ONE, "the writer was not disturbed")
+    assert [entry.sample for entry in WeightLog(path).entries()] == [0, 50]

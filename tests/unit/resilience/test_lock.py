@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
 import signal
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from rewarm.errors import UserError
 from rewarm.resilience import lock as lock_module
 from rewarm.resilience.lock import STALE_SECONDS, RunLock, find_owner
 from rewarm.resilience.owner import Owner
+from saved_runs import digest
 
 FORK = multiprocessing.get_context("fork")
 
@@ -157,3 +160,145 @@ def test_a_later_attempt_of_the_same_job_takes_over_and_the_earlier_one_ends_its
     assert find_owner(tmp_path).attempt == 1
     processes[1].kill()
     processes[1].join()
+
+
+def test_the_heartbeat_outlives_errors_of_a_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Listings, the touch, and a listing that lacks the file for a while."""
+    monkeypatch.setattr(lock_module, "BEAT_SECONDS", 0.02)
+    real_list, real_touch = os.listdir, os.utime
+    failures = iter(range(30))
+
+    def listing(path: Path) -> list[str]:
+        turn = next(failures, None)
+        if turn is None or threading.current_thread() is threading.main_thread():
+            return real_list(path)
+        if turn % 3 == 2:
+            return []
+        raise OSError((errno.EIO, errno.ESTALE)[turn % 2], "transient")
+
+    def touch(path: Path, *arguments: object) -> None:
+        if next(failures, None) is not None and threading.current_thread() is not threading.main_thread():
+            raise OSError(errno.EIO, "transient")
+        real_touch(path, *arguments)
+
+    lock = RunLock(tmp_path)
+    monkeypatch.setattr(os, "listdir", listing)
+    monkeypatch.setattr(os, "utime", touch)
+    real_touch(lock._path, (0, 0))
+    deadline = time.monotonic() + PATIENCE
+    while lock._path.stat().st_mtime == 0 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert next(failures, None) is None and lock._path.stat().st_mtime > 0
+    lock.check()
+    lock.release()
+
+
+def fail(*_: object) -> None:
+    raise OSError(errno.EIO, "gone for good")
+
+
+def hang(*_: object) -> None:
+    time.sleep(3600)
+
+
+def hold_badly(run: Path, how: str) -> None:
+    lock_module.BEAT_SECONDS, lock_module.LEASE_SECONDS = 0.05, 1.0
+    RunLock(run)
+    if how == "stopped and taken over":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif how == "taken over":
+        newest = sorted((run / "lock").glob("*.json"))[-1]
+        (run / "lock" / f"{int(newest.stem) + 1:06d}.json").write_text("{}")
+    else:
+        os.utime = {"fails": fail, "hangs": hang}[how]
+    time.sleep(3600)
+
+
+@pytest.mark.parametrize("how", ["fails", "hangs", "stopped and taken over", "taken over"])
+def test_an_owner_that_cannot_renew_ends_itself(tmp_path: Path, how: str) -> None:
+    """Its main thread may be anywhere, and the thread that touches the file may hang in it."""
+    process = FORK.Process(target=hold_badly, args=(tmp_path, how), daemon=True)
+    process.start()
+    assert process.pid is not None
+    if how == "stopped and taken over":
+        while Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "TZ":
+            time.sleep(0.05)
+        time.sleep(1.1)
+        (tmp_path / "lock" / "000002.json").write_text("{}")
+        os.kill(process.pid, signal.SIGCONT)
+    process.join(120)
+    assert process.exitcode == 4
+
+
+def test_an_owner_that_was_stopped_claims_the_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody took it over meanwhile, which the next number proves."""
+    monkeypatch.setattr(lock_module, "BEAT_SECONDS", 0.05)
+    lock = RunLock(tmp_path)
+    lock._renewed -= 2 * lock_module.LEASE_SECONDS
+    deadline = time.monotonic() + 60
+    while lock._path.stem == "000001" and time.monotonic() < deadline:
+        time.sleep(0.01)
+    lock.check()
+    assert lock._path.stem == "000002" and find_owner(tmp_path) is not None
+    lock.release()
+    assert find_owner(tmp_path) is None
+
+
+def test_there_is_time_between_the_end_of_an_owner_and_its_successor() -> None:
+    assert lock_module.LEASE_SECONDS + 6 * lock_module.BEAT_SECONDS < STALE_SECONDS
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"host": "a"}', b"\xff", b"[" * 100_000])
+def test_a_lock_that_cannot_be_read_is_not_free(tmp_path: Path, content: bytes) -> None:
+    path = write_owner(tmp_path, elsewhere())
+    path.write_bytes(content)
+    for look in (find_owner, RunLock):
+        with pytest.raises(UserError, match=r"000001.json cannot be read"):
+            look(tmp_path)
+    os.utime(path, (0, 0))
+    assert find_owner(tmp_path) is None
+    RunLock(tmp_path).release()
+
+
+def test_an_earlier_attempt_is_waited_for_though_slurm_counts_it_as_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its node was lost to SLURM, and its ranks run on there."""
+    for name, value in {"SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": "1", "SLURM_CLUSTER_NAME": "c"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("rewarm.resilience.owner._slurm_says", lambda job, attempt: False)
+    monkeypatch.setattr(lock_module, "BEAT_SECONDS", 0.05)
+    earlier = elsewhere(job="17", cluster="c", attempt=0)
+    path = write_owner(tmp_path, earlier)
+    released = threading.Event()
+
+    def release() -> None:
+        time.sleep(0.5)
+        released.set()
+        path.write_text(json.dumps({**earlier.to_dict(), "released": True}))
+
+    threading.Thread(target=release).start()
+    lock = RunLock(tmp_path)
+    assert released.is_set()
+    lock.release()
+
+
+def test_a_lock_that_is_withdrawn_leaves_no_trace(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir(), second.mkdir()
+    RunLock(second).release()
+    before = digest(tmp_path)
+    for run in (first, second):
+        lock = RunLock(run)
+        lock.withdraw()
+        lock.release()
+    assert digest(tmp_path) == before
+
+
+def test_a_taken_lock_may_not_be_written_under(tmp_path: Path) -> None:
+    lock = RunLock(tmp_path)
+    lock.check()
+    lock._stop()
+    write_owner(tmp_path, elsewhere(), number=2)
+    with pytest.raises(UserError, match="may belong to another process"):
+        lock.check()

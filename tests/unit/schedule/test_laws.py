@@ -79,6 +79,8 @@ def test_readings_that_cannot_be_fitted() -> None:
     fit_annealing_law([LossCurve(flat, np.array([1, 2, 3, 10]), np.array([3.0, 2.9, 2.8, 2.5]))])
     with pytest.raises(ValueError, match="of a run of 10 steps"):
         fit_annealing_law([LossCurve(flat, np.array([1, 2, 3, 11]), np.full(4, 3.0))])
+    with pytest.raises(ValueError, match="readings at steps 0 to 3 of a run of 10 steps"):
+        fit_annealing_law([LossCurve(flat, np.array([0, 1, 2, 3]), np.full(4, 3.0))])
 
 
 def test_a_rate_that_falls_after_the_first_step() -> None:

@@ -102,7 +102,8 @@ def schedules(draw: st.DrawFn) -> tuple[ScheduleConfig, int]:
         values["decay_shape"] = draw(st.sampled_from(["linear", "one_minus_sqrt", "cosine", "exponential"]))
     if kind == "infinite":
         values["plateau"] = peak * draw(st.floats(0.3, 1))
-        values["cooldown"] = f"{draw(st.integers(1, num_steps // 4))} steps"
+        if values["plateau"] < peak:  # else there is nothing to cool down, and its length is refused
+            values["cooldown"] = f"{draw(st.integers(1, num_steps // 4))} steps"
     return ScheduleConfig(**values), num_steps
 
 
@@ -223,3 +224,12 @@ def test_phases_that_do_not_fit_are_counted_in_steps() -> None:
     assert caught.value.message == (
         "schedule.warmup=3 steps (3 steps) and schedule.decay=2 steps (2 steps) need 5 steps, but the run has 4"
     )
+
+
+def test_no_tokens_a_step_and_tokens_below_zero_are_broken_invariants() -> None:
+    config = ScheduleConfig(kind="constant", peak=1.0)
+    for total, per_step in ((48, 0), (47, 48)):
+        with pytest.raises(AssertionError):
+            LearningRate(config, total, per_step)
+    with pytest.raises(AssertionError):
+        LearningRate(config, 480, 48).at(-1)

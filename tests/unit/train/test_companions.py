@@ -18,6 +18,7 @@ from rewarm.model.description import HuggingFaceModel, from_scratch
 from rewarm.model.generation import lacks_token_ids, with_token_ids, write_generation_config
 from rewarm.model.huggingface import config_for_huggingface
 from rewarm.train.companions import DIGESTS, check_digests, copy_companions, keep_companions
+from rewarm.train.folder import write_run_files
 from rewarm.train.parent import Parent
 from rewarm.train.summary import export_command, print_summary
 
@@ -169,3 +170,14 @@ def test_a_narrow_terminal_breaks_no_path_or_command(
     print_summary(cast(Any, SimpleNamespace(folder=run, config=config, tracker=tracker)))
     shown = capsys.readouterr().out.splitlines()
     assert shown == [f"run      {run}", f"export   {export_command(run)}"]
+
+
+def test_a_tokenizer_that_is_refused_leaves_the_run_folder_as_it_was(parent: Parent, tmp_path: Path) -> None:
+    (parent.folder / "COPYING").symlink_to("/etc/passwd")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text("{}")
+    stage = SimpleNamespace(folder=run, tokenizer=None, trained=[], origin=SimpleNamespace(parent=parent))
+    with pytest.raises(UserError, match="COPYING is a link"):
+        write_run_files(cast(Any, None), cast(Any, stage), started=False)
+    assert [path.name for path in run.iterdir()] == ["metrics.jsonl"]

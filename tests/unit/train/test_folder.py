@@ -9,6 +9,8 @@ import pytest
 
 from rewarm.config.load import build, dump
 from rewarm.config.run import RunConfig
+from rewarm.config.training import without_unread
+from rewarm.config.yaml_text import dump_yaml, parse_yaml
 from rewarm.errors import UserError
 from rewarm.train.folder import check_same_stage, prepare_folder
 
@@ -88,4 +90,26 @@ def test_runs_of_a_time_when_evaluations_took_8_windows_at_once_resume(tmp_path:
 
 def test_a_folder_that_cannot_be_written_is_named() -> None:
     with pytest.raises(UserError, match="/proc/nowhere/x cannot be written"):
-        prepare_folder(config(runs_folder="/proc/nowhere"))
+        prepare_folder(config(runs_folder="/proc/nowhere").folder)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "name", "value"),
+    [
+        ({"kind": "wsd", "decay": "0 steps"}, "decay_shape", "linear"),
+        ({"kind": "infinite", "plateau": 3e-4}, "cooldown", "9 steps"),
+    ],
+)
+def test_a_run_goes_on_that_holds_a_setting_which_no_rate_depends_on(
+    tmp_path: Path, schedule: dict[str, Any], name: str, value: str
+) -> None:
+    """Versions before took it; this one refuses it in a configuration, but not in a run's own folder."""
+    now = config(schedule=schedule)
+    saved = parse_yaml(dump(now))
+    saved["schedule"][name] = value
+    (tmp_path / "config.yaml").write_text(dump_yaml(saved))
+    with pytest.raises(UserError, match=rf"schedule\.{name}.* is ignored by"):
+        build(saved)
+    assert len(check_same_stage(now, tmp_path)) == 1
+    assert build({**saved, "schedule": without_unread(saved["schedule"])}) == now
+    assert without_unread("damaged") == "damaged" and without_unread({"decay": 3, "kind": "wsd"}) is not None

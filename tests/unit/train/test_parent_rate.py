@@ -7,13 +7,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rewarm.checkpoint import store
 from rewarm.config.load import build, dump
 from rewarm.config.model import ModelConfig
 from rewarm.config.run import RunConfig
+from rewarm.config.yaml_text import parse_yaml
+from rewarm.data.indexed import IndexedWriter, token_dtype
 from rewarm.errors import UserError
+from rewarm.launch import start as launch
 from rewarm.model.architecture import Architecture
 from rewarm.replay.lineage import Lineage, Stage
 from rewarm.schedule.learning_rate import LearningRate
@@ -88,3 +92,25 @@ def test_what_it_needs_is_said_before_any_file_is_looked_at(tmp_path: Path) -> N
         child(tmp_path, start="parents")
     with pytest.raises(UserError, match="is not resolved here"):
         LearningRate(child(tmp_path).schedule, 100, 10)
+
+
+def test_a_resume_on_several_local_ranks_compares_the_number_that_the_run_keeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    writer = IndexedWriter(tmp_path / "p", token_dtype(64))
+    for first in range(200):
+        writer.add((np.arange(100) + first).astype(token_dtype(64)) % 64, [100])
+    writer.close()
+    own = Stage("child", "run", str(tmp_path / "child"), 1e-4, 40)
+    folder = run(tmp_path / "child", Lineage((started(tmp_path, 2.5e-5), own)))
+    values = parse_yaml(dump(child(tmp_path)))
+    values |= {"batch": {"sequence_length": 16, "global_batch_size": 8, "micro_batch_size": 2}, "duration": "40 steps"}
+    config = build(values | {"parallel": {"data": 2}})
+    (folder / "config.yaml").write_text(dump(resolved(build(values))))
+    monkeypatch.setattr(launch, "launch_local", lambda *arguments: 0)
+    with pytest.raises(SystemExit) as end:
+        launch.start(config, ["train", "child.yaml"])
+    assert end.value.code == 0
+    assert "changed at this resume: parallel.data=2 (was auto)" in "\n".join(launch.dry_run(config))
+    assert "goes on from" in launch.dry_run(config)[0]

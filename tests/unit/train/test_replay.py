@@ -212,3 +212,19 @@ def test_the_file_of_a_stage_can_name_the_setting(place: Path) -> None:
     assert load("stage.yaml", ["replay.windows=seen"]).replay.windows == "seen"
     with pytest.raises(UserError, match="replay.windows"):
         load("stage.yaml", ["replay.windows=fresh"])
+
+
+@pytest.mark.parametrize("fraction", [0.25, 0])
+def test_a_lineage_domain_that_is_gone_is_not_blamed_on_a_key_of_the_stage(place: Path, fraction: float) -> None:
+    save(resolve_stage(config("base", "a"), 1))
+    for suffix in (".bin", ".idx"):
+        (place / f"a{suffix}").rename(place / f"moved{suffix}")
+    child = config("child", "b", "base", replay={"fraction": fraction})
+    if fraction:
+        with pytest.raises(UserError) as caught:
+            resolve_stage(child, 1)
+        said = str(caught.value)
+    else:
+        said = "\n".join(resolve_stage(child, 1).messages)
+    assert "data.a" not in said and "replay.paths.a" in said
+    assert f"'a' of the lineage is not at {place / 'a'}: there is neither such a folder nor {place / 'a'}.bin" in said

@@ -23,19 +23,17 @@ def average(
 
         rewarm train large.yaml mixture.weights="$(rewarm mixture average runs/proxy)"
     """
-    import yaml
-
     from rewarm.config.registry import MIXERS
+    from rewarm.config.saved import saved_setting
     from rewarm.mixing.average import average_shares
     from rewarm.mixing.weight_log import WeightLog
 
     state, _ = run_facts(run)
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    mixer = MIXERS[config["mixture"]["mixer"]].target
+    mixer = MIXERS[saved_setting(run, "mixture.mixer")].target
     shares = average_shares(
         WeightLog(run / "mixture.jsonl").entries(),
         int(state["sampler"]["sample_index"]),
-        list(config["data"]),
+        list(saved_setting(run, "data")),
         objective=mixer.steers_objective,
     )
     sys.stdout.write(json.dumps({name: round(share, 9) for name, share in shares.items()}) + "\n")

@@ -20,24 +20,21 @@ def run_facts(run: Path) -> tuple[dict[str, Any], int]:
     Raises:
         UserError: if the folder is no run, or has no checkpoint.
     """
-    import yaml
-
-    from rewarm.checkpoint.distributed import read_state
     from rewarm.checkpoint.store import list_checkpoints
+    from rewarm.config.saved import saved_setting
+    from rewarm.train.state import read_run_state
 
     checkpoints = list_checkpoints(run / "checkpoints")
     if not (run / "config.yaml").is_file() or not checkpoints:
         raise UserError(f"{run} is not a run with a checkpoint", fix="give the folder of a run that has saved once")
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    return read_state(checkpoints[0]), int(config["batch"]["global_batch_size"])
+    return read_run_state(checkpoints[0]), int(saved_setting(run, "batch.global_batch_size"))
 
 
 def new_domains(run: Path) -> list[str] | None:
     """The domains under ``data`` of a run, or None where the folder is no run."""
-    import yaml
+    from rewarm.config.saved import saved_setting
 
-    place = run / "config.yaml"
-    return list(yaml.safe_load(place.read_text())["data"]) if place.is_file() else None
+    return list(saved_setting(run, "data")) if (run / "config.yaml").is_file() else None
 
 
 def by_domain(option: str, text: str | None) -> dict[str, float] | None:

@@ -21,6 +21,7 @@ from rewarm.engine.deepspeed.partitions import Partitions
 from rewarm.engine.deepspeed.shards import Shards, place
 from rewarm.engine.portable import MOMENTS, WEIGHT
 from rewarm.errors import UserError, ensure
+from rewarm.files import parse_json
 from rewarm.model.safetensors_io import TensorFolder, TensorWriter
 
 INDEX = "index.json"
@@ -105,22 +106,27 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         try:
-            index = json.loads((folder / INDEX).read_text())
+            index = parse_json((folder / INDEX).read_bytes())
             if index["format"] != _FORMAT:
                 raise ValueError(f"its format is {index['format']!r}")
+            self._take(index)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{folder} is not a readable checkpoint of the deepspeed engine: {error}",
                 fix=f"name a folder that holds {INDEX}, written by this engine",
             ) from error
         self.folder = folder
+        self._open: dict[int, TensorFolder] = {}
+
+    def _take(self, index: dict[str, Any]) -> None:
         self.has_optimizer, self.has_moments = bool(index["optimizer"]), bool(index["moments"])
         self.steps = int(index["steps"])
-        self.model: dict[str, Any] = index["model"]
-        self.shapes = {name: tuple(shape) for name, shape in index["shapes"].items()}
-        self._cuts: dict[str, Any] = index["cuts"]
-        self._ranks: list[dict[str, Any]] = index["ranks"]
-        self._open: dict[int, TensorFolder] = {}
+        self.model: dict[str, Any] = dict(index["model"])
+        self.shapes = {name: tuple(shape) for name, shape in dict(index["shapes"]).items()}
+        self._cuts: dict[str, Any] = dict(index["cuts"])
+        self._ranks: list[dict[str, Any]] = [
+            {"tensor_rank": int(part["tensor_rank"]), "spans": dict(part["spans"])} for part in index["ranks"]
+        ]
 
     def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Refuse another model.

@@ -55,7 +55,7 @@ def check_code(settings: DeepSpeedConfig, model: HuggingFaceModel) -> None:
             raise UserError(
                 f"the {model.model_type!r} model in {model.code_folder} brings Python files of its own, which are not "
                 "run unless asked for",
-                fix="read them, then set deepspeed.trust_remote_code=true",
+                fix="read them, then give deepspeed.trust_remote_code=true on the command line",
             )
     elif not Path(model.code_folder).is_dir():
         raise UserError(

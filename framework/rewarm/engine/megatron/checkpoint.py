@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -26,11 +27,13 @@ from torch.distributed.checkpoint import save as save_sharded
 
 from rewarm.engine import ranks
 from rewarm.engine.megatron.optimizer import Optimizer
+from rewarm.engine.megatron.sharded_reader import TensorsOnly
 from rewarm.engine.megatron.transformer import Decoder
 from rewarm.errors import UserError
 from rewarm.model.architecture import Architecture
 
 _FORMAT = CheckpointingConfig("torch_dist", 1)
+_EXTRA = "_extra_state"
 
 
 def _metadata() -> dict[str, Any]:
@@ -44,7 +47,12 @@ def _metadata() -> dict[str, Any]:
 
 def _model_state(chunks: Sequence[Decoder]) -> dict[str, Any]:
     names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
-    return {name: chunk.sharded_state_dict(metadata=_metadata()) for name, chunk in zip(names, chunks, strict=True)}
+    state = {name: chunk.sharded_state_dict(metadata=_metadata()) for name, chunk in zip(names, chunks, strict=True)}
+    # What layers keep beside their weights is for FP8, which is not used here, and would be pickled.
+    return {
+        name: {key: value for key, value in entries.items() if not key.endswith(_EXTRA)}
+        for name, entries in state.items()
+    }
 
 
 def save(folder: Path, architecture: Architecture, chunks: Sequence[Decoder], optimizer: Optimizer | None) -> None:
@@ -159,14 +167,14 @@ def load(
         request = _main_state(state) if contents[0]["optimizer"] else dict(state)
     error: Exception | None = None
     try:
-        loaded = dist_checkpointing.load(request, str(folder))
+        loaded = dist_checkpointing.load(request, str(folder), TensorsOnly())
     except CheckpointException as failure:
         error = UserError(f"the checkpoint {folder} cannot be read: {_first_failure(failure)}")
-    except (CheckpointingException, KeyError, EOFError, OSError, RuntimeError) as failure:
+    except (CheckpointingException, UnpicklingError, KeyError, EOFError, OSError, RuntimeError) as failure:
         error = UserError(f"the checkpoint {folder} cannot be read: {type(failure).__name__}: {failure}")
     ranks.raise_on_every_rank(error)
     for name, chunk in zip(state, chunks, strict=True):
-        chunk.load_state_dict(loaded[name])
+        chunk.load_state_dict(loaded[name] | dict.fromkeys(_extra_keys(chunk)))
     with torch.no_grad():
         if moments:
             optimizer.sharded.load_state_dict(loaded["optimizer"])
@@ -175,6 +183,15 @@ def load(
             _set_main_parameters(optimizer, [loaded[name] for name in state], chunks)
         else:
             optimizer.weights_changed()
+
+
+def _extra_keys(chunk: Decoder) -> list[str]:
+    """Names under which layers expect more than their weights; None stands for nothing there."""
+    return [
+        f"{name}.{_EXTRA}"
+        for name, part in chunk.named_modules()
+        if type(part).set_extra_state is not torch.nn.Module.set_extra_state
+    ]
 
 
 def _main_state(state: dict[str, Any]) -> dict[str, Any]:
@@ -218,7 +235,7 @@ def _check(folder: Path, architecture: Architecture, need_optimizer: bool) -> di
     """What the checkpoint says of itself."""
     try:
         common: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(folder))["rewarm"]
-    except (CheckpointingException, OSError, KeyError, EOFError, RuntimeError) as failure:
+    except (CheckpointingException, UnpicklingError, OSError, KeyError, TypeError, EOFError, RuntimeError) as failure:
         raise UserError(
             f"{folder} is not a readable checkpoint of the megatron engine: {failure}",
             fix="name a folder that holds metadata.json and common.pt, written by this engine",

@@ -31,6 +31,13 @@ class Schedule(ABC):
         return
 
     @classmethod
+    def unread(cls, config: ScheduleConfig) -> list[str]:
+        """Settings of the section that no rate depends on. As it stands, those that the kind does not follow."""
+        from rewarm.config.training import OPTIONAL
+
+        return sorted(OPTIONAL - set(cls.uses))
+
+    @classmethod
     @abstractmethod
     def phases(cls, config: ScheduleConfig, settings: Any, span: Span, warm: int) -> list[Phase]:
         """The phases after the warm-up; they cover [warm, total_tokens] without a gap. Empty ones are left out later.

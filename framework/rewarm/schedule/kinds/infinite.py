@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rewarm.config.registry import SCHEDULES
 from rewarm.config.section import ignored, parse_duration
-from rewarm.schedule.kinds.base import Schedule
-from rewarm.schedule.kinds.wsd import check_decay
+from rewarm.schedule.kinds.wsd import WSDSchedule, check_decay
 from rewarm.schedule.phase import Phase, Span
 
 if TYPE_CHECKING:
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @SCHEDULES.register("infinite")
-class InfiniteSchedule(Schedule):
+class InfiniteSchedule(WSDSchedule):
     """A cosine from the peak to ``plateau`` over ``cooldown``, the plateau, and an anneal over the last ``decay``
     (Ibrahim et al. 2024; Singh et al. 2025)."""
 
@@ -39,6 +38,11 @@ class InfiniteSchedule(Schedule):
             by = f"schedule.plateau={config.plateau}, which is the peak"
             raise ignored("schedule.cooldown", by, config.cooldown)
         check_decay(config)
+
+    @classmethod
+    def unread(cls, config: ScheduleConfig) -> list[str]:
+        """A cooldown that goes nowhere, too."""
+        return [*super().unread(config), *(["cooldown"] if config.plateau == config.peak else [])]
 
     @classmethod
     def phases(cls, config: ScheduleConfig, settings: Any, span: Span, warm: int) -> list[Phase]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from rewarm.config.registry import SCHEDULES
 from rewarm.config.section import ignored, parse_duration
@@ -32,13 +32,18 @@ def check_decay(config: ScheduleConfig) -> None:
 class WSDSchedule(Schedule):
     """The peak, then a decay to the minimum over the last ``decay`` (Hu et al. 2024, "MiniCPM"; Hägele et al. 2024)."""
 
-    uses = ("minimum", "decay", "decay_shape")
-    durations = ("decay",)
+    uses: ClassVar[tuple[str, ...]] = ("minimum", "decay", "decay_shape")
+    durations: ClassVar[tuple[str, ...]] = ("decay",)
 
     @classmethod
     def check(cls, config: ScheduleConfig) -> None:
         """Refuse a decay that contradicts itself."""
         check_decay(config)
+
+    @classmethod
+    def unread(cls, config: ScheduleConfig) -> list[str]:
+        """The shape of a decay that is left out, too."""
+        return [*super().unread(config), *(["decay_shape"] if parse_duration(config.decay)[0] == 0 else [])]
 
     @classmethod
     def phases(cls, config: ScheduleConfig, settings: Any, span: Span, warm: int) -> list[Phase]:

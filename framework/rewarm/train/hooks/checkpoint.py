@@ -32,6 +32,7 @@ class CheckpointHook(Hook):
             self._save(run)
 
     def _save(self, run: Run) -> None:
+        run.check_owner()
         run.tracker.sync()
         checkpoint = save_checkpoint(
             run.engine,
@@ -43,4 +44,8 @@ class CheckpointHook(Hook):
             run.config.checkpoint.keep,
         )
         self._saved = run.step
+        if run.engine.is_main:
+            # After the checkpoint is there: a lineage with tokens stands for one that a resume can go on from.
+            lineage = run.stage.lineage(run.last_learning_rate, run.tokens, run.feed.cursors(), run.tracker.last_losses)
+            lineage.save(run.folder)
         run.tracker.message(f"saved {checkpoint}")
