@@ -15,7 +15,7 @@ from ranks.single_workers import group_timeouts
 from ranks.tiny import DOMAINS, global_batch
 from rewarm.engine.base import Batch, Engine, StepResult
 from rewarm.engine.deepspeed.engine import DeepSpeedEngine
-from rewarm.engine.portable import MOMENTS, WEIGHT
+from rewarm.engine.state import MOMENTS, WEIGHT
 from rewarm.errors import UserError
 from rewarm.model.description import HuggingFaceModel
 

@@ -9,12 +9,16 @@ Shape suffixes: B windows, S ``sequence_length``, D domains.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from rewarm.engine.state import StateTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +185,20 @@ class Engine(ABC):
     @abstractmethod
     def load_portable(self, folder: Path) -> None:
         """Go on from what :meth:`save_portable` of either engine wrote. In one process only."""
+
+    @abstractmethod
+    def state(
+        self, kinds: Sequence[str] = ("weight",), *, write: bool = False
+    ) -> AbstractContextManager[Iterator[StateTensor]]:
+        """Lend this rank's fp32 parameters and moments, one after the other; :mod:`rewarm.engine.state` has the rules.
+
+        Entering waits for an update that still runs, and leaving takes what was written over into the model. Both are
+        collective; in between nothing may be.
+
+        Args:
+            kinds: ``weight``, ``exp_avg`` and ``exp_avg_sq``, in the order in which each parameter's are lent.
+            write: keep the changes that are made in place.
+        """
 
     @abstractmethod
     def rng_state(self) -> Any:

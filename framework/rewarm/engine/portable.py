@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rewarm.engine.state import MOMENTS, WEIGHT
 from rewarm.model.safetensors_io import TensorFolder, TensorWriter
 
-WEIGHT = "weight"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 _INDEX = "portable.json"
 
 

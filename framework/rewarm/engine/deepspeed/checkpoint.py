@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from rewarm.engine import ranks
 from rewarm.engine.deepspeed.partitions import Partitions
 from rewarm.engine.deepspeed.shards import Shards, place
-from rewarm.engine.portable import MOMENTS, WEIGHT
+from rewarm.engine.state import MOMENTS, WEIGHT
 from rewarm.errors import UserError, ensure
 from rewarm.files import parse_json
 from rewarm.model.safetensors_io import TensorFolder, TensorWriter

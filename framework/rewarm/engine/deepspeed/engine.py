@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,13 @@ from rewarm.engine.deepspeed.optimizer import build_optimizer, set_learning_rate
 from rewarm.engine.deepspeed.partitions import open_partitions
 from rewarm.engine.deepspeed.shards import Shards
 from rewarm.engine.deepspeed.sources import RandomWeights, Source, open_huggingface
+from rewarm.engine.deepspeed.state import lend
 from rewarm.engine.deepspeed.swap import SwapFolder
 from rewarm.engine.deepspeed.ulysses import Ulysses
 from rewarm.engine.deepspeed.update import OffloadedStep
 from rewarm.engine.gradients import gradient_statistics
-from rewarm.engine.portable import MOMENTS, WEIGHT, PortableState, PortableWriter
+from rewarm.engine.portable import PortableState, PortableWriter
+from rewarm.engine.state import MOMENTS, WEIGHT, StateTensor, lending
 from rewarm.errors import UserError, ensure
 from rewarm.model.description import HuggingFaceModel
 from rewarm.model.initial import RandomTensors
@@ -342,6 +344,13 @@ class DeepSpeedEngine(Collectives, Engine):
         state = PortableState(folder)
         self._fill(state, moments=self._partitions.has_moments)
         self._partitions.set_steps(state.steps)
+
+    @contextmanager
+    def state(self, kinds: Sequence[str] = (WEIGHT,), *, write: bool = False) -> Iterator[Iterator[StateTensor]]:
+        """See :meth:`Engine.state`."""
+        publish = self._partitions.weights_changed if write else None
+        with lending(lend(self._partitions, self._shards, kinds, write=write), publish) as lent:
+            yield lent
 
     def rng_state(self) -> Any:
         """See :meth:`Engine.rng_state`."""

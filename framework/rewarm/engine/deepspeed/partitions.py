@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rewarm.config.offload import OffloadConfig
 from rewarm.engine.deepspeed.update import OffloadedStep, RuleOptimizer
-from rewarm.engine.portable import MOMENTS, WEIGHT
+from rewarm.engine.state import MOMENTS, WEIGHT
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +53,15 @@ class Partitions(ABC):
         """Start and length of the fragment that this rank answers for, by parameter name; nothing is moved."""
 
     @abstractmethod
-    def fragments(self, *, moments: bool, write: bool) -> Iterator[Fragment]:
+    def fragments(self, *, moments: bool, write: bool, held: bool = False) -> Iterator[Fragment]:
         """This rank's fragments one after the other, brought in from offload for as long as each is looked at.
 
         Args:
             moments: also give the moments, made of zeros where there are none yet.
             write: all that is given will be replaced. What more than one rank holds is then given to each of them
                 whole.
+            held: give all that this rank holds, also what another one answers for, as it is; with ``write`` it may be
+                changed in part.
         """
 
     @abstractmethod
@@ -125,7 +127,7 @@ class Partitions(ABC):
         return state
 
     def _lend(
-        self, name: str, start: int, flat: Tensor, offset: int, length: int, *, moments: bool, write: bool
+        self, name: str, start: int, flat: Tensor, offset: int, length: int, *, moments: bool, write: bool, held: bool
     ) -> Iterator[Fragment]:
         """A fragment that lies in a flat tensor from an offset on; offloaded state is put back after it was used."""
         views = {WEIGHT: flat.detach().view(-1).narrow(0, offset, length)}
@@ -137,16 +139,16 @@ class Partitions(ABC):
             return
         assert self.inner.offload is not None and self.inner.offload.inner is not None
         offloaded, place = self.inner.offload.inner, self.inner.place_of(flat)
-        if moments and write:
+        if moments and write and not held:
             # They will be replaced: parts of 8-bit moments are written one after the other, without a look at others.
-            held = tuple(torch.zeros(length) for _ in MOMENTS)
+            values = tuple(torch.zeros(length) for _ in MOMENTS)
         else:
-            held = offloaded.read(place, offset, offset + length)[1:]
+            values = offloaded.read(place, offset, offset + length)[1:]
         if moments:
-            views |= dict(zip(MOMENTS, held, strict=True))
+            views |= dict(zip(MOMENTS, values, strict=True))
         yield Fragment(name, start, views)
         if write:
-            offloaded.write(place, views[WEIGHT], held[0], held[1], start=offset)
+            offloaded.write(place, views[WEIGHT], values[0], values[1], start=offset)
 
 
 class Replicated(Partitions):
@@ -169,14 +171,14 @@ class Replicated(Partitions):
                 found[name] = (start, stop - start)
         return found
 
-    def fragments(self, *, moments: bool, write: bool) -> Iterator[Fragment]:
+    def fragments(self, *, moments: bool, write: bool, held: bool = False) -> Iterator[Fragment]:
         """See :meth:`Partitions.fragments`."""
         spans = self.spans()
         for name, parameter in self.module.named_parameters():
-            start, length = (0, parameter.numel()) if write else spans.get(name, (0, 0))
+            start, length = (0, parameter.numel()) if write or held else spans.get(name, (0, 0))
             if not length:
                 continue
-            yield from self._lend(name, start, parameter, start, length, moments=moments, write=write)
+            yield from self._lend(name, start, parameter, start, length, moments=moments, write=write, held=held)
 
     def weights_changed(self) -> None:
         """See :meth:`Partitions.weights_changed`: the fp32 parameters are the model's."""
@@ -206,7 +208,7 @@ class Flat(Partitions):
         """See :meth:`Partitions.spans`."""
         return {name: (m.lp_fragment_address.start, m.lp_fragment_address.numel) for name, m in self._owned()}
 
-    def fragments(self, *, moments: bool, write: bool) -> Iterator[Fragment]:
+    def fragments(self, *, moments: bool, write: bool, held: bool = False) -> Iterator[Fragment]:
         """See :meth:`Partitions.fragments`."""
         flats = self._flats
         # In the order of the flat tensors, so that what is offloaded is brought in, and put back, once.
@@ -214,7 +216,7 @@ class Flat(Partitions):
         for name, mapping in owned:
             place = mapping.hp_fragment_address
             flat, start = flats[mapping.param_group_index], mapping.lp_fragment_address.start
-            yield from self._lend(name, start, flat, place.start, place.numel, moments=moments, write=write)
+            yield from self._lend(name, start, flat, place.start, place.numel, moments=moments, write=write, held=held)
 
     def weights_changed(self) -> None:
         """See :meth:`Partitions.weights_changed`."""
@@ -252,7 +254,7 @@ class Sharded(Partitions):
         spans = {name: self._span(parameter) for name, parameter in self.module.named_parameters()}
         return {name: span for name, span in spans.items() if span[1]}
 
-    def fragments(self, *, moments: bool, write: bool) -> Iterator[Fragment]:
+    def fragments(self, *, moments: bool, write: bool, held: bool = False) -> Iterator[Fragment]:
         """See :meth:`Partitions.fragments`."""
         wrapper = self.wrapper
         for index, group in enumerate(wrapper.fp16_groups):
@@ -266,7 +268,7 @@ class Sharded(Partitions):
                 _, offset, _ = wrapper.grad_position[wrapper.get_param_id(parameter)]
                 flat = wrapper.fp32_partitioned_groups_flat[index]
                 name = self.names[id(parameter)]
-                yield from self._lend(name, start, flat, offset, length, moments=moments, write=write)
+                yield from self._lend(name, start, flat, offset, length, moments=moments, write=write, held=held)
             if swapped and write:
                 wrapper._optimizer_states_and_gradient_swap_out(index)
             elif swapped:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rewarm.config.offload import OffloadConfig
 from rewarm.engine.offload import Offload
-from rewarm.engine.portable import MOMENTS
+from rewarm.engine.state import MOMENTS
 from rewarm.errors import ensure
 from rewarm.kernels import adamw
 from rewarm.offload.runtime.execute import GroupStep

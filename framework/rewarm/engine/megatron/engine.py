@@ -23,7 +23,9 @@ from rewarm.engine.megatron import checkpoint, schedule
 from rewarm.engine.megatron.initialize import clear_padding, initialize
 from rewarm.engine.megatron.optimizer import Optimizer
 from rewarm.engine.megatron.overlap import Replica, forward_seconds
+from rewarm.engine.megatron.state import lend
 from rewarm.engine.megatron.transformer import Decoder, DecoderConfig, build_chunks, decoder_config
+from rewarm.engine.state import WEIGHT, StateTensor, lending
 from rewarm.model.architecture import Architecture, parameter_count
 
 
@@ -282,6 +284,23 @@ class MegatronEngine(Engine):
 
         self._optimizer.finish()
         load_portable(folder, self.architecture, self.chunks, self._optimizer)
+
+    @contextmanager
+    def state(self, kinds: Sequence[str] = (WEIGHT,), *, write: bool = False) -> Iterator[Iterator[StateTensor]]:
+        """See :meth:`Engine.state`."""
+        if write:
+            self._gather_parameters()  # a gathering that still runs would bring old values
+        else:
+            self._optimizer.finish()
+
+        def publish() -> None:
+            self._optimizer.main_changed()
+            for chunk in self._wrapped:
+                chunk.start_param_sync(force_sync=True)
+
+        tensors = lend(self.chunks, self.architecture, self._optimizer, kinds, write=write)
+        with lending(tensors, publish if write else None) as lent:
+            yield lent
 
     def rng_state(self) -> Any:
         """See :meth:`Engine.rng_state`."""

@@ -18,7 +18,7 @@ from rewarm.config.offload import OffloadConfig
 from rewarm.engine.megatron import compat
 from rewarm.engine.megatron.update import ShardOptimizer
 from rewarm.engine.offload import Offload
-from rewarm.engine.portable import MOMENTS
+from rewarm.engine.state import MOMENTS
 from rewarm.offload.runtime.execute import GroupStep
 
 

@@ -175,6 +175,10 @@ class Optimizer:
             for parameter, master in zip(group, parts, strict=True)
         }
 
+    def main_changed(self) -> None:
+        """Take this rank's fp32 main parameters over into its part of the model's; the others are not told."""
+        self.sharded._copy_main_params_to_model_params()
+
     def rehearsed(self, seconds: float, forward: float, backward: float, passes: int) -> None:
         """Take notice of the time and memory of a step without its update. Collective.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from rewarm.engine.portable import MOMENTS
+from rewarm.engine.state import MOMENTS
 from rewarm.optimizers.base import UpdateRule
 
 

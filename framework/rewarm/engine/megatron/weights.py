@@ -227,7 +227,7 @@ def _stream(
     local = {place: parameter.detach() for place, parameter in places(chunks, architecture)}
     pipeline = parallel_state.get_pipeline_model_parallel_group()
     stages: list[Any] = [None] * dist.get_world_size(pipeline)
-    dist.all_gather_object(stages, [(place, _whole_shape(place, p)) for place, p in local.items()], group=pipeline)
+    dist.all_gather_object(stages, [(place, whole_shape(place, p)) for place, p in local.items()], group=pipeline)
     some = next(iter(local.values()))
     sink, seen = _Sink(architecture, folder, dtype), set()
     for stage, held in enumerate(stages):
@@ -259,7 +259,7 @@ def _gather(parameter: torch.Tensor, place: Place) -> torch.Tensor | None:
     return torch.cat(shards, dim=1 if place.split == "columns" else 0)
 
 
-def _whole_shape(place: Place, parameter: torch.Tensor) -> tuple[int, ...]:
+def whole_shape(place: Place, parameter: torch.Tensor) -> tuple[int, ...]:
     size = parallel_state.get_tensor_model_parallel_world_size()
     shape = tuple(parameter.shape)
     if place.split == "whole":

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from rewarm.config.training import OptimizerConfig
 from rewarm.engine.deepspeed.partitions import Partitions, open_partitions
 from rewarm.engine.deepspeed.update import RuleOptimizer
-from rewarm.engine.portable import MOMENTS
+from rewarm.engine.state import MOMENTS
 from rewarm.kernels import native
 from rewarm.optimizers.adamw import AdamW
 
