@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, assert_never
 
 from pydantic import Field, create_model, field_validator, model_validator
 
@@ -135,6 +135,24 @@ class RunConfig(Section):
         return Path(self.runs_folder) / self.name
 
     @property
+    def recomputes_activations(self) -> bool:
+        """True if layers are computed again in the backward pass."""
+        if self.activation_recomputation == "full":
+            return True
+        if self.activation_recomputation == "none":
+            return False
+        assert_never(self.activation_recomputation)
+
+    @property
+    def keeps_optimizer_state(self) -> bool:
+        """True if the stage goes on with the moments of its parent."""
+        if self.optimizer_state == "keep":
+            return True
+        if self.optimizer_state == "reset":
+            return False
+        assert_never(self.optimizer_state)
+
+    @property
     def tokens_per_step(self) -> int:
         """Target tokens of one step."""
         return self.batch.global_batch_size * self.batch.sequence_length
@@ -202,7 +220,7 @@ def _check_lineage(config: RunConfig) -> None:
             raise ValueError("replay.paths needs a parent, whose domains have moved")
         if config.schedule.start == "parent":
             raise ValueError("schedule.start=parent needs a parent, whose last learning rate it stands for")
-        if config.optimizer_state == "keep":
+        if config.keeps_optimizer_state:
             raise ValueError("optimizer_state=keep needs a parent run to keep it from")
     elif config.model is not None:
         raise ValueError(f"model is ignored with parent={config.parent}, which brings its own shape: remove one")

@@ -11,7 +11,7 @@ import io
 import lzma
 import re
 import zlib
-from typing import IO, Any, Literal, cast
+from typing import IO, Any, Literal, assert_never, cast
 
 from rewarm.errors import UserError
 
@@ -64,7 +64,9 @@ def open_stream(raw: IO[bytes], compression: Compression) -> IO[bytes]:
         return cast(IO[bytes], lzma.LZMAFile(raw))
     if compression == "zstd":
         return io.BufferedReader(_ZstandardStream(raw), _CHUNK)
-    return raw
+    if compression == "":
+        return raw
+    assert_never(compression)
 
 
 def read_line(stream: IO[bytes], name: str, limit: int) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from rewarm.data.compressed import (
     COMPRESSED_SUFFIXES,
@@ -20,7 +20,7 @@ from rewarm.data.encodings import HEAD_BYTES, MARK, UTF_8, as_utf8, decide_encod
 from rewarm.errors import UserError
 
 Kind = Literal["text", "jsonl", "json", "csv", "tsv", "parquet", "arrow"]
-KINDS: tuple[Kind, ...] = ("text", "jsonl", "json", "csv", "tsv", "parquet", "arrow")
+KINDS: tuple[Kind, ...] = get_args(Kind)
 COLUMNAR = ("parquet", "arrow")
 _SUFFIXES: dict[str, Kind] = {
     ".txt": "text",

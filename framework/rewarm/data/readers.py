@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, assert_never
 
 from rewarm.data.columnar import columnar_rows, rows_before
 from rewarm.data.compressed import Compression, open_stream, read_all, read_line, unreadable
@@ -81,22 +81,28 @@ class ShardReader:
         self.lines = 0
 
     def __iter__(self) -> Iterator[Item]:
-        kind = self.shard.kind
         try:
             self._check_unchanged()
-            if kind == "jsonl":
-                yield from self._json_lines()
-            elif kind == "text":
-                yield from self._texts()
-            elif kind == "json":
-                yield from self._json_values()
-            elif kind in COLUMNAR:
-                yield from self._columnar()
-            else:
-                yield from self._csv()
+            yield from self._records()
         except OSError as error:
             raise unreadable(self.shard.name, error) from error
         self.consumed = self.shard.weight
+
+    def _records(self) -> Iterator[Item]:
+        match self.shard.kind:
+            case "jsonl":
+                return self._json_lines()
+            case "text":
+                return self._texts()
+            case "json":
+                return self._json_values()
+            case "parquet" | "arrow":
+                return self._columnar()
+            case "csv":
+                return self._csv(",")
+            case "tsv":
+                return self._csv("\t")
+        assert_never(self.shard.kind)
 
     def _check_unchanged(self) -> None:
         """The pieces of a file were cut by the size that it had."""
@@ -128,8 +134,7 @@ class ShardReader:
                 self.consumed = min(self.shard.weight, file.tell())
                 yield self._record(value, raw.encode(errors="replace"))
 
-    def _csv(self) -> Iterator[Item]:
-        delimiter = "," if self.shard.kind == "csv" else "\t"
+    def _csv(self, delimiter: str) -> Iterator[Item]:
         for row in csv_rows(self._marked_lines(), delimiter, self.shard.name, self.rule.fields):
             try:
                 self._decode(row.raw)
@@ -164,18 +169,24 @@ class ShardReader:
             self._bounded(raw, "is one document", fix)
             self.lines = 1
             yield self._text(raw)
+        elif self.text_document == "blank":
+            yield from self._blocks()
         else:
-            block: list[bytes] = []
-            first = 1
-            for raw in self._marked_lines():
-                if raw.strip():
-                    first = first if block else self.lines
-                    block.append(raw)
-                elif block:
-                    yield self._text(b"".join(block).rstrip(b"\r\n"), first)
-                    block = []
-            if block:
+            assert_never(self.text_document)
+
+    def _blocks(self) -> Iterator[Item]:
+        """Documents that blank lines divide."""
+        block: list[bytes] = []
+        first = 1
+        for raw in self._marked_lines():
+            if raw.strip():
+                first = first if block else self.lines
+                block.append(raw)
+            elif block:
                 yield self._text(b"".join(block).rstrip(b"\r\n"), first)
+                block = []
+        if block:
+            yield self._text(b"".join(block).rstrip(b"\r\n"), first)
 
     def _bounded(self, raw: bytes, what: str, fix: str) -> None:
         if len(raw) > MAX_DOCUMENT_BYTES:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Literal
+from typing import Literal, assert_never
 
 import numpy as np
 
@@ -67,6 +67,12 @@ def held_out_mask(hashes: np.ndarray, lengths: np.ndarray, fraction: float, by: 
     """
     if by == "documents":
         return is_held_out(hashes, fraction)
+    if by == "tokens":
+        return _held_out_by_tokens(hashes, lengths, fraction)
+    assert_never(by)
+
+
+def _held_out_by_tokens(hashes: np.ndarray, lengths: np.ndarray, fraction: float) -> np.ndarray:
     wanted = fraction * float(lengths.sum(dtype=np.int64))
     candidates = np.flatnonzero((lengths > 0) & (lengths <= wanted))
     order = candidates[np.lexsort((hashes[candidates, 1], hashes[candidates, 0]))]

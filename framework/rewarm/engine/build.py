@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import assert_never
 
 from rewarm.config.run import RunConfig
 from rewarm.engine.base import Engine
+from rewarm.model.architecture import Architecture
 from rewarm.model.description import HuggingFaceModel, ModelDescription
 
 
@@ -25,13 +27,17 @@ def build_engine(config: RunConfig, model: ModelDescription, domain_names: Seque
     Raises:
         rewarm.errors.UserError: if the layout does not fit the ranks, the model or the batch.
     """
-    if isinstance(model, HuggingFaceModel):
+    if config.engine == "megatron":
+        from rewarm.engine.megatron.engine import MegatronEngine
+
+        assert isinstance(model, Architecture), "engine=megatron builds from an Architecture"
+        return MegatronEngine(config, model, domain_names)
+    if config.engine == "deepspeed":
         from rewarm.engine.deepspeed.engine import DeepSpeedEngine
 
+        assert isinstance(model, HuggingFaceModel), "engine=deepspeed builds from a HuggingFaceModel"
         return DeepSpeedEngine(config, model, domain_names)
-    from rewarm.engine.megatron.engine import MegatronEngine
-
-    return MegatronEngine(config, model, domain_names)
+    assert_never(config.engine)
 
 
 def prepare_engine(config: RunConfig) -> None:
@@ -40,7 +46,11 @@ def prepare_engine(config: RunConfig) -> None:
     Raises:
         rewarm.errors.UserError: if an extension cannot be compiled.
     """
+    if config.engine == "megatron":
+        return
     if config.engine == "deepspeed":
         from rewarm.engine.deepspeed.extensions import prepare_extensions
 
         prepare_extensions(config.deepspeed)
+        return
+    assert_never(config.engine)

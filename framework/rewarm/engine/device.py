@@ -86,6 +86,20 @@ _PEAK_FLOPS: dict[str, dict[str, float]] = {
 }
 
 
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """The torch type of a ``precision``.
+
+    Raises:
+        ValueError: if it is none of those that the configuration offers; torch has many more.
+    """
+    if precision not in _DTYPES:
+        raise ValueError(f"there is no precision {precision!r}: {', '.join(_DTYPES)}")
+    return _DTYPES[precision]
+
+
 def peak_flops(precision: str, name: str | None = None) -> float | None:
     """Peak FLOP/s of one device, or None when it is not in the table: an unknown device has no utilisation.
 

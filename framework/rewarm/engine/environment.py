@@ -8,6 +8,7 @@ import socket
 import subprocess
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+from typing import Literal
 
 from rewarm.errors import UserError
 
@@ -19,7 +20,7 @@ class Ranks:
     rank: int
     world_size: int
     local_rank: int
-    launcher: str
+    launcher: Literal["torchrun", "slurm", "single"]
     """torchrun (also rewarm's own local launcher), slurm, or single."""
 
 

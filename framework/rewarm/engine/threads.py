@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, assert_never
 
 from rewarm.engine.environment import this_node
 from rewarm.offload.runtime.cores import divide
@@ -169,8 +169,10 @@ def set_threads(
     given = None if BUSY_CORES in os.environ else os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     setting = config.distributed.threads
     cores = _cores_of_rank(engine, _busy(os.environ) if busy is None else busy)
-    if setting != "auto":
+    if isinstance(setting, int):
         threads = Threads(setting, "distributed.threads")
+    elif setting != "auto":
+        assert_never(setting)
     elif recorded is not None:
         threads = Threads(recorded[engine.rank], "as the checkpoint was made with")
         if given and given != str(threads.number):

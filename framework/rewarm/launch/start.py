@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import assert_never
 
 from rewarm.config.run import RunConfig
 from rewarm.engine.environment import check_not_batch_script, export_slurm_rendezvous, find_ranks
@@ -29,9 +30,17 @@ def start(config: RunConfig, arguments: list[str]) -> None:
     if ranks.launcher == "slurm":
         export_slurm_rendezvous()
         _split_output(config.folder / "logs", ranks.rank)
-    if ranks.launcher != "single":
         _train(config)
-        return
+    elif ranks.launcher == "torchrun":
+        _train(config)
+    elif ranks.launcher == "single":
+        _start_here(config, arguments, watch)
+    else:
+        assert_never(ranks.launcher)
+
+
+def _start_here(config: RunConfig, arguments: list[str], watch: LoadWatch) -> None:
+    """Train with ranks of this machine: in this process if one is enough, else in processes of their own."""
     num_ranks = local_rank_count(config)
     if num_ranks == 1:
         _train(config, watch)

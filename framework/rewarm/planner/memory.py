@@ -8,6 +8,7 @@ feed-forward, attention without stored scores). What only kernels see for a mome
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import assert_never
 
 from rewarm.config.run import RunConfig
 from rewarm.errors import UserError
@@ -85,7 +86,7 @@ def _stage_memory(config: RunConfig, a: Architecture, layout: Layout, stage: int
     state = state_on_device(config, share, size)
     tokens = config.batch.micro_batch_size * config.batch.sequence_length
     output = tokens * _output_bytes(config, a, layout) if stage == layout.pipeline - 1 else 0
-    if config.activation_recomputation == "full":
+    if config.recomputes_activations:
         # Gone when the first layer is computed again.
         output = max(0, output - tokens * _layer_bytes(config, a, layout))
     return RankMemory(
@@ -107,12 +108,16 @@ def state_on_device(config: RunConfig, share: int, param_bytes: int) -> int:
     """
     offload = config.offload
     job = Job(share, 0.0, 0.0, param_bytes=param_bytes, eight_bit=config.optimizer.eight_bit)
-    if offload.mode == "none":
-        return round(job.resident_bytes * share)
-    if offload.mode == "twinflow":
-        return round((offload.resident_fraction or 0) * job.resident_bytes * share)
-    buffers = offload.slots if offload.mode in ("streamed", "deep_optimizer_states") else 0
-    return round(job.state_bytes() * min(buffers * offload.subgroup_size, share))
+    match offload.mode:
+        case "none":
+            return round(job.resident_bytes * share)
+        case "twinflow":
+            return round((offload.resident_fraction or 0) * job.resident_bytes * share)
+        case "streamed" | "deep_optimizer_states":
+            return round(job.state_bytes() * min(offload.slots * offload.subgroup_size, share))
+        case "auto" | "cpu" | "nvme":
+            return 0
+    assert_never(offload.mode)
 
 
 def stage_parameters(config: RunConfig, a: Architecture, layout: Layout, stage: int) -> int:
@@ -135,7 +140,7 @@ def _activation_bytes(config: RunConfig, a: Architecture, layout: Layout, stage:
     layers = a.num_layers // (layout.pipeline * layout.virtual_pipeline)
     chunks = _chunks_in_flight(layout, stage)
     layer = _layer_bytes(config, a, layout)
-    if config.activation_recomputation == "full":
+    if config.recomputes_activations:
         return chunks * layers * size * h // shared + layer
     return chunks * layers * layer
 
@@ -178,7 +183,7 @@ def _chunks_in_flight(layout: Layout, stage: int) -> int:
 def _remedy(config: RunConfig, memory: RankMemory) -> str:
     """The setting that takes most off the largest part."""
     if memory.activations >= memory.parameters + memory.gradients + memory.optimizer:
-        if config.activation_recomputation == "none":
+        if not config.recomputes_activations:
             return "set activation_recomputation=full, or a smaller batch.micro_batch_size"
         return "a smaller batch.micro_batch_size, or more parallel.tensor with parallel.sequence=true"
     if memory.output > memory.total // 2:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, assert_never
 
 import numpy as np
 
@@ -52,6 +52,13 @@ def replay_order(
         again = [record for record in _records(lineage, domain.fingerprint) if record.replayed]
         start = sum(record.windows for record in again if _same_windows(record, num_windows))
         return ReplayOrder(own, start, parts or (Part(seed, 0, num_windows),), replayed=True)
+    if windows == "unseen":
+        return _unseen(lineage, parts, domain, num_windows)
+    assert_never(windows)
+
+
+def _unseen(lineage: Lineage, parts: tuple[Part, ...], domain: ConsumedDomain, num_windows: int) -> ReplayOrder:
+    """What none of the lineage's stages has drawn of a domain, whose consumed ``parts`` are given."""
     seeds = {part.seed for part in parts}
     drawn = max((lineage.drawn(order_identity(domain.fingerprint, num_windows, each)) for each in seeds), default=0)
     if not parts or drawn >= num_windows:

@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 from urllib.parse import urlsplit
 
 from rewarm.config.training import WandbConfig
@@ -78,12 +78,15 @@ def _base_url() -> str:
 
 def resolve_mode(config: WandbConfig) -> str:
     """``online``, ``offline`` or ``disabled``: the configured mode, else ``WANDB_MODE``, else by the key."""
-    if config.mode != "auto":
-        return config.mode
-    wanted = os.environ.get("WANDB_MODE", "")
-    if wanted in ("online", "offline", "disabled"):
-        return wanted
-    return "online" if find_key() else "offline"
+    match config.mode:
+        case "online" | "offline" | "disabled":
+            return config.mode
+        case "auto":
+            wanted = os.environ.get("WANDB_MODE", "")
+            if wanted in ("online", "offline", "disabled"):
+                return wanted
+            return "online" if find_key() else "offline"
+    assert_never(config.mode)
 
 
 class WandbWriter:

@@ -64,12 +64,12 @@ def find_origin(config: RunConfig) -> Origin:
     if parent.companions is not None:
         check_digests(parent.companions)
         list_carried(parent.companions)  # refuses links that lead out
-    if parent.checkpoint is None and config.optimizer_state == "keep":
+    if parent.checkpoint is None and config.keeps_optimizer_state:
         raise UserError(
             f"optimizer_state=keep, but parent={config.parent} is a Hugging Face folder, which has no optimizer state",
             fix="set optimizer_state=reset, or name a run as parent",
         )
-    if config.optimizer_state == "keep":
+    if config.keeps_optimizer_state:
         _check_optimizer(config, parent)
     return Origin(parent, parent.architecture, parent.lineage, parent.tokenizer)
 

@@ -225,7 +225,7 @@ def _fill(
             raise UserError(
                 f"parent={parent.checkpoint} is damaged: {damage}", fix="name another checkpoint of the run as parent"
             )
-        engine.load(parent.checkpoint / MODEL, optimizer=config.optimizer_state == "keep")
+        engine.load(parent.checkpoint / MODEL, optimizer=config.keeps_optimizer_state)
         messages.append(f"weights of {parent.checkpoint}, optimizer state {config.optimizer_state}")
     else:
         engine.import_huggingface(parent.folder)

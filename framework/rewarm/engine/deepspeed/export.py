@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rewarm.data.model_folder import list_files
-from rewarm.engine import ranks
+from rewarm.engine import device, ranks
 from rewarm.engine.deepspeed.checkpoint import persistent_buffers
 from rewarm.engine.deepspeed.shards import Shards
 from rewarm.model.description import HuggingFaceModel
@@ -68,7 +68,7 @@ def export_model(
             (aside / "config.json").write_text(json.dumps(_config(model, dtype), indent=2) + "\n", encoding="utf-8")
             _copy_companions(files, model, aside)
             shapes = {name: tuple(value.shape) for name, value in buffers.items()} | shards.shapes
-            return TensorWriter(aside, shapes, getattr(torch, dtype))
+            return TensorWriter(aside, shapes, device.dtype_of(dtype))
 
         writer = _on_main(begin)
         problem: Exception | None = None

@@ -7,9 +7,9 @@ change it silently (``gradient_clipping``, for one, is 1.0 when it is left out o
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, assert_never
 
-from rewarm.config.deepspeed import DeepSpeedConfig
+from rewarm.config.deepspeed import DeepSpeedConfig, Device
 from rewarm.config.offload import placed_by, places_state
 from rewarm.config.run import RunConfig
 from rewarm.engine.deepspeed.json_file import merge, read_user_file
@@ -27,7 +27,7 @@ def deepspeed_json(config: RunConfig, data_parallel_size: int) -> dict[str, Any]
         UserError: if the user's file cannot be read or contradicts a generated value.
     """
     batch, settings = config.batch, config.deepspeed
-    half = config.precision == "bfloat16"
+    half = _is_half(config)
     values: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": batch.micro_batch_size,
         "gradient_accumulation_steps": batch.global_batch_size // (batch.micro_batch_size * data_parallel_size),
@@ -126,17 +126,33 @@ def _zero(settings: DeepSpeedConfig) -> dict[str, Any]:
             "stage3_use_all_reduce_for_fetch_params": False,
             "memory_efficient_linear": True,
         }
-    if settings.offload_optimizer != "none":
-        zero["offload_optimizer"] = _offload(settings.offload_optimizer, settings.nvme_path) | {
+    optimizer = _offload(settings.offload_optimizer, settings.nvme_path)
+    if optimizer is not None:
+        zero["offload_optimizer"] = optimizer | {
             "ratio": settings.offload_ratio,
             "super_offload": False,
             "fast_init": False,
         }
-    if settings.offload_parameters != "none":
-        zero["offload_param"] = _offload(settings.offload_parameters, settings.nvme_path)
+    parameters = _offload(settings.offload_parameters, settings.nvme_path)
+    if parameters is not None:
+        zero["offload_param"] = parameters
     return zero
 
 
-def _offload(device: str, nvme_path: str | None) -> dict[str, Any]:
-    values: dict[str, Any] = {"device": device, "pin_memory": True}
-    return values | {"nvme_path": nvme_path} if device == "nvme" else values
+def _offload(device: Device, nvme_path: str | None) -> dict[str, Any] | None:
+    """DeepSpeed's section for what is kept on a device; None where it stays where it is."""
+    if device == "none":
+        return None
+    if device == "cpu":
+        return {"device": device, "pin_memory": True}
+    if device == "nvme":
+        return {"device": device, "pin_memory": True, "nvme_path": nvme_path}
+    assert_never(device)
+
+
+def _is_half(config: RunConfig) -> bool:
+    if config.precision == "bfloat16":
+        return True
+    if config.precision == "float32":
+        return False
+    assert_never(config.precision)

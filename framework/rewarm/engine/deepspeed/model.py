@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import platform
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, assert_never
 
-import torch
 from torch import nn
 
 from rewarm.config.deepspeed import DeepSpeedConfig
@@ -66,9 +65,7 @@ def build_model(config: RunConfig, model: HuggingFaceModel, deepspeed: Any, valu
     from transformers.initialization import no_init_weights
 
     settings = config.deepspeed
-    options: dict[str, Any] = {"dtype": getattr(torch, config.precision)}
-    if settings.attention != "auto":
-        options["attn_implementation"] = settings.attention
+    options = {"dtype": device.dtype_of(config.precision), **attention_options(settings)}
     with ExitStack() as stack:
         stack.enter_context(quiet_transformers())
         stack.enter_context(no_init_weights())
@@ -82,7 +79,7 @@ def build_model(config: RunConfig, model: HuggingFaceModel, deepspeed: Any, valu
     built.tie_weights()  # which belongs to the initialisation that was left out
     built.config.use_cache = False
     _train_every_embedding(built)
-    if config.activation_recomputation == "full":
+    if config.recomputes_activations:
         if not getattr(built, "supports_gradient_checkpointing", False):
             raise UserError(
                 f"activation_recomputation=full is not possible: transformers has no gradient checkpointing for "
@@ -98,10 +95,20 @@ def build_model(config: RunConfig, model: HuggingFaceModel, deepspeed: Any, valu
     return built.train()
 
 
+def attention_options(settings: DeepSpeedConfig) -> dict[str, Any]:
+    """What transformers is told of ``deepspeed.attention``; nothing under auto, where it chooses."""
+    match settings.attention:
+        case "auto":
+            return {}
+        case "sdpa" | "eager" | "flash_attention_2":
+            return {"attn_implementation": settings.attention}
+    assert_never(settings.attention)
+
+
 def _check_nvme(config: RunConfig, model: nn.Module) -> None:
     hosts: list[str] = ranks.gather(platform.node())
     shares = [-(-parameter.numel() // len(hosts)) for parameter in model.parameters()]
-    here, width = hosts.count(platform.node()), getattr(torch, config.precision).itemsize
+    here, width = hosts.count(platform.node()), device.dtype_of(config.precision).itemsize
     together(lambda: check_room(config.deepspeed, shares, ranks=here, parameter_bytes=width))
 
 

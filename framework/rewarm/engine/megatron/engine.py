@@ -265,7 +265,7 @@ class MegatronEngine(Engine):
             self.chunks,
             self.architecture,
             folder,
-            getattr(torch, dtype),
+            device.dtype_of(dtype),
             tokenizer=tokenizer,
             lineage=lineage,
             replace=replace,

@@ -56,7 +56,7 @@ class Decoder(GPTModel):
 
 def decoder_config(config: RunConfig, architecture: Architecture) -> DecoderConfig:
     """Translate a run's settings into Megatron-Core's."""
-    dtype = getattr(torch, config.precision)
+    dtype = device.dtype_of(config.precision)
     return DecoderConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -111,7 +111,7 @@ def _parallel_settings(config: RunConfig) -> dict[str, Any]:
         # Freeing a stage's output races with gloo, which still reads it; CUDA streams order the two.
         "deallocate_pipeline_outputs": device.is_gpu() and parallel.pipeline > 1,
     }
-    if config.activation_recomputation == "full":
+    if config.recomputes_activations:
         settings |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return settings
 
@@ -140,10 +140,16 @@ def layer_spec(attention: str, qk_norm: bool) -> ModuleSpec:
         if qk_norm:  # before Transformer Engine 1.9 Megatron-Core takes one here that knows no RMSNorm
             parts.q_layernorm = parts.k_layernorm = RMSNorm
         return spec
+    if attention == "sdpa":
+        core: type = SDPACore
+    elif attention == "local":
+        core = LocalCore
+    else:
+        raise ValueError(f"there is no megatron.attention {attention!r}")
     spec = get_gpt_layer_local_spec(qk_layernorm=qk_norm, normalization="RMSNorm")
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
     parts = spec.submodules.self_attention.submodules
-    parts.core_attention = SDPACore if attention == "sdpa" else LocalCore
+    parts.core_attention = core
     spec.submodules.mlp.submodules.activation_func = SwiGLU
     if qk_norm:
         parts.q_layernorm = parts.k_layernorm = RMSNorm

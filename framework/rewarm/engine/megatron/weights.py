@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, assert_never
 
 import torch
 import torch.distributed as dist
@@ -296,7 +296,9 @@ def take_apart(whole: torch.Tensor, place: Place, architecture: Architecture) ->
         rest = whole.shape[1:]
         grouped = whole.view(architecture.num_key_value_heads, per_group + 2, architecture.head_dim, *rest)
         return [part.reshape(-1, *rest) for part in grouped.split([per_group, 1, 1], dim=1)]
-    return [whole]
+    if place.split == "whole" or place.split == "columns":
+        return [whole]
+    assert_never(place.split)
 
 
 def read_shard(
@@ -318,10 +320,12 @@ def read_shard(
         return torch.cat([weights.read(name, half) for name in place.names])
     if place.split == "qkv":
         return _read_qkv(weights, place, rows, architecture, rank)
-    start = min(rank * rows, architecture.vocab_size)
-    stop = min(start + rows, architecture.vocab_size)
-    read = weights.read(place.names[0], slice(start, stop))
-    return torch.cat([read, read.new_zeros(rows - (stop - start), read.shape[1])])
+    if place.split == "vocabulary":
+        start = min(rank * rows, architecture.vocab_size)
+        stop = min(start + rows, architecture.vocab_size)
+        read = weights.read(place.names[0], slice(start, stop))
+        return torch.cat([read, read.new_zeros(rows - (stop - start), read.shape[1])])
+    assert_never(place.split)
 
 
 def _read_qkv(weights: TensorReader, place: Place, rows: int, architecture: Architecture, rank: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
-from typing import Any
+from typing import Any, assert_never
 
 from rewarm.kernels.blocks import QUANTIZED_BLOCK
 
@@ -179,7 +179,9 @@ def costs(route: Route, job: Job, split: bool) -> Costs:
             nvme=whole,
             host_memory=edges,
         )
-    return Costs(h2d=state, d2h_state=state, dram=4 * state, nvme=state)
+    if route is Route.NVME_STREAMED:
+        return Costs(h2d=state, d2h_state=state, dram=4 * state, nvme=state)
+    assert_never(route)
 
 
 @dataclass(frozen=True, slots=True)
