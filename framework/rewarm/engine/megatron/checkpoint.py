@@ -27,7 +27,7 @@ from torch.distributed.checkpoint import save as save_sharded
 
 from rewarm.engine import ranks
 from rewarm.engine.megatron.optimizer import Optimizer
-from rewarm.engine.megatron.sharded_reader import TensorsOnly
+from rewarm.engine.megatron.sharded_reader import TensorsOnly, check_metadata
 from rewarm.engine.megatron.transformer import Decoder
 from rewarm.errors import UserError
 from rewarm.model.architecture import Architecture
@@ -235,6 +235,7 @@ def _check(folder: Path, architecture: Architecture, need_optimizer: bool) -> di
     """What the checkpoint says of itself."""
     try:
         common: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(folder))["rewarm"]
+        check_metadata(folder)  # by itself: inside its loading torch prints a stack trace for what is refused here
     except (CheckpointingException, UnpicklingError, OSError, KeyError, TypeError, EOFError, RuntimeError) as failure:
         raise UserError(
             f"{folder} is not a readable checkpoint of the megatron engine: {failure}",
