@@ -12,7 +12,7 @@ import numpy as np
 
 from rewarm.data.backend import load_with_transformers
 from rewarm.errors import UserError
-from rewarm.model.safetensors_io import BROKEN_FOLDER, check_finite
+from rewarm.model.safetensors_io import BROKEN_FOLDER, check_finite, check_no_nan
 
 
 def window_losses(
@@ -124,8 +124,10 @@ def _load(folder: str | Path, dtype: str, device: str, trust_remote_code: bool =
                 f"{folder}: {kind.replace('_', ' ')} of the weights, first {name}",
                 fix="the folder is incomplete or its config.json belongs to another model",
             )
-    for name, tensor in model.state_dict().items():
-        check_finite(tensor, name, str(folder), BROKEN_FOLDER)
+    for name, parameter in model.named_parameters():
+        check_finite(parameter, name, str(folder), BROKEN_FOLDER)
+    for name, buffer in model.named_buffers():
+        check_no_nan(buffer, name, str(folder), BROKEN_FOLDER)
     return model.eval().to(device)
 
 

@@ -219,6 +219,14 @@ def check_finite(tensor: torch.Tensor, name: str, source: str, fix: str) -> None
         raise UserError(f"{source}: the tensor {name} holds values that are not finite (NaN or infinity)", fix=fix)
 
 
+def check_no_nan(tensor: torch.Tensor, name: str, source: str, fix: str) -> None:
+    """As :func:`check_finite`, for tensors that may hold infinity, such as the limits of a clipping."""
+    import torch
+
+    if tensor.is_floating_point() and torch.isnan(tensor).any():
+        raise UserError(f"{source}: the tensor {name} holds values that are not numbers (NaN)", fix=fix)
+
+
 class TensorWriter:
     """Writes tensors one by one, in any order, into sharded safetensors files laid out in advance.
 
