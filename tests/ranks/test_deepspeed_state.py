@@ -47,7 +47,7 @@ def test_state_without_a_gradient_is_imported_saved_and_exported(family: str, tm
     kept = constants(_load(folder))
     assert kept and all(not torch.equal(value, torch.ones_like(value)) and value.any() for value in kept.values())
     expected = window_losses(folder, TOKENS, 2)
-    for found in run_ranks(workers.state_without_gradient, 2, folder, CASES, TOKENS, tmp_path, timeout=250.0):
+    for found in run_ranks(workers.state_without_gradient, 2, folder, CASES, TOKENS, tmp_path):
         for case, each in zip(CASES, found, strict=True):
             tolerance = 5e-3 if "precision" in case else 1e-5
             np.testing.assert_allclose(each["imported"], expected, rtol=tolerance, err_msg=str(case))
@@ -78,7 +78,7 @@ def test_experts_under_data_parallelism_are_those_of_one_process(family: str, tm
     expected = [(loss, norm) for loss, norm, _ in plain_steps(folder, deepspeed_config(folder), count)]
     if family == "qwen3_moe":
         assert _experts_left_out(folder) > 0
-    for results in run_ranks(workers.train, 2, folder, cases, count, timeout=250.0):
+    for results in run_ranks(workers.train, 2, folder, cases, count):
         for case, steps in zip(cases, results, strict=True):
             found = [(step.loss, step.grad_norm) for step in steps]
             np.testing.assert_allclose(found, expected, rtol=2e-5, err_msg=str(case))
