@@ -37,6 +37,28 @@ _MORE: dict[str, dict[str, Any]] = {
     "olmo2": {},
 }
 FAMILIES = tuple(_MORE)
+"""Dense models whose state is all trained."""
+_EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+_WITH_CONSTANTS: dict[str, dict[str, Any]] = {
+    "gemma4_text": {
+        "head_dim": 16,
+        "global_head_dim": 16,
+        "hidden_size_per_layer_input": 0,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 64,
+        "num_kv_shared_layers": 0,
+    },
+    "glm4_moe": {**_EXPERTS, "n_routed_experts": 8, "first_k_dense_replace": 1},
+    "afmoe": {**_EXPERTS, "num_experts": 8, "num_dense_layers": 1, "layer_types": ["full_attention"] * 2},
+}
+WITH_CONSTANTS = tuple(_WITH_CONSTANTS)
+"""Models of which a part is not trained: a persistent buffer of every layer, of a router, and a parameter."""
+_WITH_EXPERTS: dict[str, dict[str, Any]] = {
+    # So many that a rank's batch leaves some of them out.
+    "qwen3_moe": {**_EXPERTS, "num_experts": 64, "num_experts_per_tok": 1},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+}
+WITH_EXPERTS = tuple(_WITH_EXPERTS)
 
 
 def write_model(family: str, folder: Path, seed: int = 0, **sizes: int) -> Path:
@@ -44,13 +66,26 @@ def write_model(family: str, folder: Path, seed: int = 0, **sizes: int) -> Path:
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**{**_SIZES, **_MORE[family], **sizes}))
+    more = {**_MORE, **_WITH_CONSTANTS, **_WITH_EXPERTS}[family]
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**{**_SIZES, **more, **sizes}))
     with torch.no_grad():
+        for constant in constants(model).values():
+            constant.copy_(0.5 + torch.rand_like(constant))
         for parameter in model.parameters():  # transformers' zero biases and unit norms would hide a lost one
             if parameter.dim() == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     return folder
+
+
+def constants(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What of a model's state is not trained. A model that transformers has loaded has forgotten it in part."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(model.config)
+    trained = {name for name, parameter in built.named_parameters(remove_duplicate=False) if parameter.requires_grad}
+    return {name: value for name, value in model.state_dict().items() if name not in trained}
 
 
 def deepspeed_config(folder: Path, **settings: Any) -> RunConfig:

@@ -243,3 +243,74 @@ def mixing_layer(folder: Path, settings: dict[str, Any]) -> str:
         finally:
             handle.remove()
     return "nothing"
+
+
+def state_without_gradient(
+    folder: Path, cases: Sequence[dict[str, Any]], tokens: np.ndarray, target: Path
+) -> list[dict[str, Any]]:
+    """Of each configuration: losses after the import, and of a checkpoint after it; the export of the latter is
+    written to ``target``, from a model that was trained for a step."""
+    found = []
+    for number, settings in enumerate(cases):
+        place = target / str(number)
+        with opened(folder, settings) as engine:
+            imported = engine.evaluate(tokens, 2)
+            if engine.rank == 0:
+                (place / "checkpoint").mkdir(parents=True)
+            engine.barrier()
+            engine.save(place / "checkpoint", optimizer=False)
+        with opened(folder, settings, fill=False) as engine:
+            engine.load(place / "checkpoint", optimizer=False)
+            loaded = engine.evaluate(tokens, 2)
+            steps(engine, 0, 1)
+            engine.export_huggingface(place / "export", tokenizer=None)
+            found.append({"imported": imported, "loaded": loaded, "exported": engine.evaluate(tokens, 2)})
+    return found
+
+
+def portable_without_gradient(folder: Path, tokens: np.ndarray, place: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Losses before and after the way through files that both engines read."""
+    with opened(folder, {}) as engine:
+        before = engine.evaluate(tokens, 2)
+        engine.save_portable(place)
+    with opened(folder, {}, fill=False) as engine:
+        engine.load_portable(place)
+        return before, engine.evaluate(tokens, 2)
+
+
+def refusals(folder: Path, others: Sequence[Path], settings: dict[str, Any]) -> list[str]:
+    """What an engine for one folder says to the import of others."""
+    messages = []
+    with opened(folder, settings, fill=False) as engine:
+        for other in others:
+            try:
+                engine.import_huggingface(other)
+                messages.append("nothing was wrong")
+            except UserError as error:
+                messages.append(error.message)
+    return messages
+
+
+def broken(folder: Path, settings: dict[str, Any], place: Path) -> list[str]:
+    """What is said to the load and to the export of a model with a weight that is not finite."""
+    messages = []
+    with opened(folder, settings) as engine:
+        with torch.no_grad():
+            for fragment in engine._partitions.fragments(moments=False, write=True):
+                if fragment.name == "model.norm.weight":
+                    fragment.tensors[WEIGHT].fill_(float("nan"))
+            engine._partitions.weights_changed()
+        if engine.rank == 0:
+            (place / "checkpoint").mkdir()
+        engine.barrier()
+        engine.save(place / "checkpoint", optimizer=False)
+        for attempt in (
+            lambda: engine.export_huggingface(place / "export", tokenizer=None),
+            lambda: engine.load(place / "checkpoint", optimizer=False),
+        ):
+            try:
+                attempt()
+                messages.append("nothing was wrong")
+            except UserError as error:
+                messages.append(error.message)
+    return messages

@@ -109,3 +109,88 @@ def bytes_read(folder: Path, settings: dict[str, Any]) -> tuple[int, int]:
     with _engine(folder, settings) as engine:
         engine.import_huggingface(folder)
         return total, sum(parameter.nbytes for chunk in engine.chunks for parameter in chunk.parameters())
+
+
+def main_parameters(folder: Path, settings: dict[str, Any], checkpoint: Path) -> dict[str, float]:
+    """Largest distance of this rank's fp32 main parameters in a bfloat16 run from the folder's own values: after an
+    import, and after a start from a float32 checkpoint of the folder. And of the parameters that it computes with."""
+    with _engine(folder, settings | {"precision": "float32"}) as engine:
+        engine.import_huggingface(folder)
+        if engine.rank == 0:
+            checkpoint.mkdir(exist_ok=True)
+        engine.barrier()
+        engine.save(checkpoint, optimizer=False)
+    found: dict[str, float] = {}
+    for name in ("imported", "loaded"):
+        with _engine(folder, settings | {"precision": "bfloat16"}) as engine:
+            if name == "imported":
+                engine.import_huggingface(folder)
+            else:
+                engine.load(checkpoint, optimizer=False)
+            main, computing = _distances(engine, folder)
+            found |= {name: main, f"{name} and rounded": computing}
+            engine._optimizer.close()
+    return found
+
+
+def _distances(engine: MegatronEngine, folder: Path) -> tuple[float, float]:
+    from megatron.core import parallel_state
+
+    from rewarm.engine.megatron.weights import places, read_shard
+    from rewarm.model.tensors import open_weights
+
+    rank, sharded = parallel_state.get_tensor_model_parallel_rank(), engine._optimizer.sharded
+    main, computing = [0.0], [0.0]
+    with open_weights(folder, engine.architecture) as weights:
+        for place, parameter in places(engine.chunks, engine.architecture):
+            values = read_shard(weights, place, parameter, engine.architecture, rank).float()
+            computing.append(float((parameter.detach().float() - values).abs().max()))
+            if parameter in sharded.model_param_gbuf_map:
+                span = sharded._get_model_param_range_map(parameter)["param"]
+                mine = sharded._get_main_param_and_optimizer_states(parameter)["param"].detach()
+                main.append(float((mine.float() - values.reshape(-1)[span.start : span.end]).abs().max()))
+    return max(main), max(computing)
+
+
+def damaged(folder: Path, broken: Path, settings: dict[str, Any], place: Path) -> list[str]:
+    """Messages of what is refused with weights that are not finite: the import of a folder that has one, the load of a
+    checkpoint, and the export of a model."""
+    messages = []
+    with _engine(folder, settings) as engine:
+        messages.append(_refusal(lambda: engine.import_huggingface(broken)))
+        messages.append(_refusal(lambda: _save_broken_and_load(engine, folder, place)))
+        engine.import_huggingface(folder)
+        _break(engine)
+        messages.append(_refusal(lambda: engine.export_huggingface(place / "export", tokenizer=None)))
+    return messages
+
+
+def _save_broken_and_load(engine: MegatronEngine, folder: Path, place: Path) -> None:
+    engine.import_huggingface(folder)
+    _break(engine)
+    if engine.rank == 0:
+        (place / "checkpoint").mkdir()
+    engine.barrier()
+    engine.save(place / "checkpoint")
+    engine.import_huggingface(folder)
+    engine.load(place / "checkpoint")
+
+
+def _break(engine: MegatronEngine) -> None:
+    """One value of the last norm, on whichever rank has it."""
+    for chunk in engine.chunks:
+        for name, parameter in chunk.named_parameters():
+            if name == "decoder.final_layernorm.weight":
+                values = parameter.detach().float().clone()
+                values[3] = float("nan")
+                with torch.no_grad():
+                    parameter.copy_(values)
+                engine._optimizer.set_main(parameter, values)
+
+
+def _refusal(attempt: Any) -> str:
+    try:
+        attempt()
+    except UserError as error:
+        return error.message
+    return "nothing was wrong"

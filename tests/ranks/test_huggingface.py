@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,15 @@ import pytest
 import torch
 
 from ranks.harness import run_ranks
-from ranks.huggingface_workers import bytes_read, failed_exports, round_trips, with_another_theta
+from ranks.huggingface_workers import (
+    bytes_read,
+    damaged,
+    failed_exports,
+    main_parameters,
+    round_trips,
+    with_another_theta,
+)
+from rewarm.errors import UserError
 from rewarm.model.reference import window_losses
 from unit.model.families import NAMES, save_model, stored_tensors, windows
 
@@ -98,3 +107,43 @@ def test_an_export_that_cannot_be_written_fails_on_every_rank_and_leaves_nothing
     assert "exists already" in first[0] and "Not a directory" in first[1] and "File too large" in first[2]
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
     assert len(stored_tensors(output)) == len(stored_tensors(folders / "llama2"))
+
+
+@pytest.mark.parametrize(
+    "settings, num_ranks, dtype",
+    [
+        ({"parallel": {"pipeline": 1}}, 1, torch.float16),
+        (TENSOR2_DATA2, 4, torch.float32),
+        ({"offload": {"mode": "cpu"}}, 2, torch.float32),
+        ({"optimizer": {"name": "adamw_8bit"}}, 1, torch.float32),
+    ],
+    ids=["float16", "tensor2-data2", "offload", "8-bit"],
+)
+def test_the_digits_of_a_folder_stay_in_the_main_parameters_of_a_bfloat16_run(
+    settings: dict[str, Any], num_ranks: int, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    save_model("qwen2_tied", tmp_path / "model", dtype=dtype)
+    for found in run_ranks(main_parameters, num_ranks, tmp_path / "model", settings, tmp_path / "saved"):
+        assert found["imported"] == 0 and found["loaded"] == 0
+        assert 0 < found["imported and rounded"] == found["loaded and rounded"]
+
+
+@pytest.mark.parametrize("settings, num_ranks", [(ONE, 1), ({"parallel": {"pipeline": 2}}, 2)], ids=["one", "pipeline"])
+def test_weights_that_are_not_finite_are_refused_by_name_on_every_rank(
+    settings: dict[str, Any], num_ranks: int, folders: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(folders / "qwen3", broken, ignore=shutil.ignore_patterns("*.safetensors*"))
+    tensors = stored_tensors(folders / "qwen3")
+    tensors["model.layers.3.mlp.up_proj.weight"][5, 7] = float("inf")
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    for messages in run_ranks(damaged, num_ranks, folders / "qwen3", broken, settings, tmp_path):
+        imported, loaded, exported = messages
+        assert "model.layers.3.mlp.up_proj.weight" in imported and str(broken) in imported
+        assert "model.norm.weight" in loaded and "checkpoint" in loaded
+        assert "model.norm.weight" in exported
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "checkpoint"]
+    with pytest.raises(UserError, match=r"model\.layers\.3\.mlp\.up_proj\.weight"):
+        window_losses(broken, TOKENS)

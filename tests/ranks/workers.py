@@ -144,7 +144,7 @@ def _engine_with_padding(settings: dict[str, Any], garbage: bool) -> MegatronEng
     with torch.no_grad():
         for parameter, rows in _padding(engine):
             parameter[rows] = 100.0 if garbage else 0.0
-    engine._optimizer.weights_changed()
+    engine._optimizer.sharded.reload_model_params()
     return engine
 
 

@@ -26,6 +26,6 @@ def import_(
     from rewarm.engine.environment import find_ranks
     from rewarm.train.import_model import import_model
 
-    checkpoint = import_model(model, output, precision, overrides or [])
+    checkpoint, compared = import_model(model, output, precision, overrides or [])
     if find_ranks().rank == 0:
-        print(f"imported {model} to {checkpoint}\nuse it with parent: {output}")
+        print(f"imported {model} to {checkpoint}: {compared}\nuse it with parent: {output}")

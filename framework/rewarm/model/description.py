@@ -20,6 +20,8 @@ from rewarm.model.huggingface import (
 _CONFIG = "huggingface"
 _POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
 
+_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
+
 
 @dataclass(frozen=True, slots=True)
 class HuggingFaceModel:
@@ -62,6 +64,18 @@ class HuggingFaceModel:
         """Longest sequence in tokens; None for a model without such a limit."""
         found = (self._find(key) for key in _POSITION_KEYS)
         return next((value for value in found if isinstance(value, int) and value > 0), None)
+
+    @property
+    def num_experts(self) -> int | None:
+        """Experts of a layer; None for a dense model."""
+        found = (self._find(key) for key in _EXPERT_KEYS)
+        return next((value for value in found if isinstance(value, int) and value > 1), None)
+
+    @property
+    def router_loss_factor(self) -> float:
+        """Factor of the loss by which its makers kept a router's experts in balance; 0 where there is none."""
+        value = self._find("router_aux_loss_coef")
+        return float(value) if isinstance(value, int | float) else 0.0
 
     def _find(self, key: str) -> Any:
         """A key of the file, or of the part that describes the text model of one that also sees or hears."""

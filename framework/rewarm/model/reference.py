@@ -12,6 +12,7 @@ import numpy as np
 
 from rewarm.data.backend import load_with_transformers
 from rewarm.errors import UserError
+from rewarm.model.safetensors_io import BROKEN_FOLDER, check_finite, check_no_nan
 
 
 def window_losses(
@@ -37,7 +38,7 @@ def window_losses(
         float64 [B]; sum of each window's token losses in nats.
 
     Raises:
-        UserError: if the folder cannot be loaded, some of its weights are missing, or a token has no row.
+        UserError: if the folder cannot be loaded, some of its weights are missing or not finite, or a token has no row.
     """
     import torch
     from torch.nn import functional
@@ -123,6 +124,10 @@ def _load(folder: str | Path, dtype: str, device: str, trust_remote_code: bool =
                 f"{folder}: {kind.replace('_', ' ')} of the weights, first {name}",
                 fix="the folder is incomplete or its config.json belongs to another model",
             )
+    for name, parameter in model.named_parameters():
+        check_finite(parameter, name, str(folder), BROKEN_FOLDER)
+    for name, buffer in model.named_buffers():
+        check_no_nan(buffer, name, str(folder), BROKEN_FOLDER)
     return model.eval().to(device)
 
 

@@ -111,11 +111,15 @@ def open_weights(folder: str | Path, architecture: Architecture) -> TensorFolder
     for name in [name for name in shapes if name.endswith(".rotary_emb.inv_freq")]:
         weights.drop(name)
         del shapes[name]
+    if architecture.tie_embeddings and OUTPUT in shapes and EMBEDDING not in shapes:
+        weights.rename(OUTPUT, EMBEDDING)  # transformers ties whichever of the two is there
+        shapes[EMBEDDING] = shapes.pop(OUTPUT)
     if architecture.tie_embeddings and shapes.get(OUTPUT) is not None and shapes[OUTPUT] == shapes.get(EMBEDDING):
         _check_equal(weights, shapes[OUTPUT][0])
         weights.drop(OUTPUT)
         del shapes[OUTPUT]
     check_shapes(shapes, architecture, str(folder))
+    weights.check_trainable(shapes)
     return weights
 
 

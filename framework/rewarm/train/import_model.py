@@ -13,11 +13,12 @@ from rewarm.errors import UserError
 from rewarm.model.description import describe
 from rewarm.replay.lineage import Lineage
 from rewarm.train.companions import keep_companions
+from rewarm.train.imported import check_import
 from rewarm.train.parent import Parent
 from rewarm.train.state import MODEL
 
 
-def import_model(source: Path, output: Path, precision: str, overrides: Iterable[str]) -> Path:
+def import_model(source: Path, output: Path, precision: str, overrides: Iterable[str]) -> tuple[Path, str]:
     """Write ``output/checkpoints/step-0`` with the weights of a Hugging Face folder. Collective.
 
     Args:
@@ -27,7 +28,7 @@ def import_model(source: Path, output: Path, precision: str, overrides: Iterable
         overrides: ``a.b.c=value`` settings of the layout.
 
     Returns:
-        The checkpoint.
+        The checkpoint, and what its weights were compared with.
 
     Raises:
         UserError: if the model is not supported or the output is taken.
@@ -53,6 +54,7 @@ def import_model(source: Path, output: Path, precision: str, overrides: Iterable
     engine = build_engine(config, architecture, [])
     try:
         engine.import_huggingface(source)
+        compared = check_import(engine, source, config, architecture)
 
         def prepare(folder: Path) -> None:
             (folder / MODEL).mkdir()
@@ -64,6 +66,6 @@ def import_model(source: Path, output: Path, precision: str, overrides: Iterable
         if engine.is_main:
             keep_companions(output, parent.tokenizer, parent, [])
         state = {"architecture": architecture.to_dict(), "precision": precision, "engine": config.engine}
-        return save_checkpoint(engine, output / "checkpoints", 0, prepare, write, state, keep=1)
+        return save_checkpoint(engine, output / "checkpoints", 0, prepare, write, state, keep=1), compared
     finally:
         engine.close()

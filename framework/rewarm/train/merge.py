@@ -162,7 +162,12 @@ def interpolate(first: Path, second: Path, output: Path, share: float) -> None:
     with TensorFolder(first) as one, TensorFolder(second) as other:
         shapes = one.shapes()
         assert shapes == other.shapes(), "the probes are of one architecture"
-        writer = TensorWriter(output, shapes, torch.float32)
+        # Buffers of whole numbers are the same in both.
+        whole = [name for name, kind in one.types().items() if kind.startswith(("I", "U", "BOOL"))]
+        counts = {name: one.whole(name).dtype for name in whole}
+        writer = TensorWriter(output, shapes, torch.float32, exact=counts)
         for name in shapes:
-            writer.write(name, torch.lerp(one.read(name).float(), other.read(name).float(), share))
+            mine = one.whole(name)
+            mixed = mine if name in counts else torch.lerp(mine.float(), other.whole(name).float(), share)
+            writer.write(name, mixed)
         writer.close()

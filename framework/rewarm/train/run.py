@@ -10,15 +10,11 @@ from typing import Any
 
 from rewarm.config.run import RunConfig
 from rewarm.engine.base import Engine, StepResult
-from rewarm.errors import UserError
 from rewarm.schedule.learning_rate import LearningRate
 from rewarm.tracking.tracker import Tracker
 from rewarm.train.feed import FedStep, Feed
+from rewarm.train.skipped import MOST_SKIPPED, too_many
 from rewarm.train.stage import Stage
-
-MOST_SKIPPED = 10
-"""Steps in a row without an update after which a run ends. One bad batch is survived; a model whose every gradient is
-not finite would otherwise train to its end without learning anything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +45,8 @@ class Run:
     """Of the last finished step; None before the first."""
     skipped_in_a_row: int = 0
     """Steps up to the last finished one whose update was not made."""
+    updated: bool = False
+    """An update was made since the start or the resume."""
     stop_reason: str | None = None
     """Set by a hook that ends the run after this step."""
     poll_stop: Callable[[], bool] = lambda: False
@@ -72,7 +70,7 @@ class Run:
         """Count a finished step.
 
         Raises:
-            UserError: if the updates of :data:`MOST_SKIPPED` steps in a row were skipped.
+            UserError: if the updates of :data:`~rewarm.train.skipped.MOST_SKIPPED` steps in a row were skipped.
             FloatingPointError: if the loss is not finite and the engine did not skip the step.
         """
         self.step += 1
@@ -82,10 +80,8 @@ class Run:
         if record.result.skipped:
             self.tracker.message(f"step {self.step}: update skipped, the gradient is not finite")
         if self.skipped_in_a_row == MOST_SKIPPED:
-            raise UserError(
-                f"the gradients of {MOST_SKIPPED} steps in a row were not finite, the last of them at step {self.step}",
-                fix=f"start another stage from a checkpoint before step {self.step - MOST_SKIPPED + 1}, with a lower "
-                "schedule.peak or a longer schedule.warmup; if it fails at once, look at the data and the parent",
-            )
+            names = [] if self.updated else self.stage.names
+            raise too_many(self.config, names, self.step, record.result, updated=self.updated)
+        self.updated = self.updated or not record.result.skipped
         if not record.result.skipped and not math.isfinite(record.result.loss):
             raise FloatingPointError(f"the loss of step {self.step} is {record.result.loss}")

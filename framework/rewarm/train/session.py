@@ -26,6 +26,7 @@ from rewarm.tracking.tracker import Tracker, check_trackers
 from rewarm.train.feed import Feed
 from rewarm.train.folder import RunFolder, check_same_stage, check_start, write_run_files
 from rewarm.train.hooks import standard_hooks
+from rewarm.train.imported import check_import, notes_on
 from rewarm.train.loop import train
 from rewarm.train.run import Run
 from rewarm.train.stage import Stage, resolve_stage
@@ -213,6 +214,7 @@ def _fill(
 ) -> Position:
     """Give the model its weights: the run's own, the parent's, or random ones. Collective."""
     parent = stage.origin.parent
+    messages += notes_on(stage.architecture)
     if checkpoint is not None and state is not None:
         position = on_every_rank(engine, lambda: restore(engine, config, checkpoint, state, messages))
         messages.append(f"resumed from {checkpoint}")
@@ -229,7 +231,8 @@ def _fill(
         messages.append(f"weights of {parent.checkpoint}, optimizer state {config.optimizer_state}")
     else:
         engine.import_huggingface(parent.folder)
-        messages.append(f"weights of {parent.folder}")
+        compared = check_import(engine, parent.folder, config, stage.architecture)
+        messages.append(f"weights of {parent.folder}, {compared}")
     return Position()
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from patience import PATIENCE
 from rewarm.config.data import DomainConfig
 from rewarm.data import inputs as inputs_module
 from rewarm.data import parts as parts_module
@@ -66,7 +67,7 @@ def test_the_command_prints_names_that_are_not_utf_8(settings: BuildSettings, tm
     (Path(odd) / "a.txt").write_text("text")
     command = ["-m", "rewarm", "data", "build", odd, "-o", f"{odd}/out", "--tokenizer", str(settings.tokenizer)]
     process = start_python(*command, "--held-out", "0")
-    printed, errors = process.communicate(timeout=300)
+    printed, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0 and "caf\\udce9/out" in printed, errors
 
 

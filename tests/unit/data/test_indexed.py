@@ -130,6 +130,13 @@ def test_documents_outside_of_the_stream_are_broken_invariants(tmp_path: Path) -
     assert np.iinfo(np.int32).max == MAX_SEQUENCE_TOKENS
 
 
+def test_a_pair_without_documents_is_empty(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").touch()
+    (tmp_path / "a.idx").write_bytes(struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 8, 0, 0))
+    opened = IndexedTokens(tmp_path / "a")
+    assert (opened.num_tokens, opened.num_documents, len(opened.tokens)) == (0, 0, 0)
+
+
 def test_nothing_has_its_final_name_before_close(tmp_path: Path) -> None:
     writer = IndexedWriter(tmp_path / "a", np.dtype(np.uint16))
     writer.add(np.arange(5, dtype=np.uint16), [5])

@@ -293,7 +293,11 @@ def made_run(folder: Path, steps: int = 30, batch: int = 6) -> None:
     (folder / "config.yaml").write_text(yaml.safe_dump({"batch": {"global_batch_size": batch}}))
     checkpoint = folder / "checkpoints" / "step-30"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "state.json").write_text(json.dumps({"sampler": sampler.state_dict()}))
+    state = {
+        "step": steps, "tokens": steps * batch, "learning_rate": 0.1, "sampler": sampler.state_dict(), "hooks": {},
+        "architecture": {}, "layout": None, "engine": "megatron", "precision": "float32",
+    }  # fmt: skip
+    (checkpoint / "state.json").write_text(json.dumps(state))
 
 
 def test_an_audit_agrees_with_an_honest_run(tmp_path: Path) -> None:

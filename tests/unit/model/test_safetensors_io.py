@@ -154,5 +154,123 @@ def test_damaged_folders_are_named(model: Path) -> None:
     with pytest.raises(UserError, match=r"index\.json cannot be read"):
         TensorFolder(model)
     (model / INDEX).unlink()
-    with pytest.raises(UserError, match="holds neither"):
+    with pytest.raises(UserError, match="holds neither") as caught:
         TensorFolder(model)
+    assert "model.safetensors.index.json is missing" in str(caught.value.fix)
+
+
+def _split(folder: Path, seed: int) -> None:
+    """Another model's weights in two files with an index."""
+    writer = TensorWriter(
+        folder, tensor_shapes(architecture_from_huggingface(folder)), torch.float32, max_shard_bytes=200_000
+    )
+    generator = torch.Generator().manual_seed(seed)
+    for name, shape in tensor_shapes(architecture_from_huggingface(folder)).items():
+        writer.write(name, torch.randn(shape, generator=generator))
+    writer.close()
+
+
+def _as_transformers_reads(folder: Path) -> dict[str, torch.Tensor]:
+    from transformers import AutoModelForCausalLM
+
+    return dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict())
+
+
+@pytest.mark.parametrize("named", [None, "model.safetensors", INDEX, "others.safetensors"])
+def test_of_several_sets_of_weights_the_one_that_transformers_reads_is_read(named: str | None, tmp_path: Path) -> None:
+    save_model("llama2", tmp_path)
+    _split(tmp_path, 3)
+    assert (tmp_path / "model.safetensors").is_file() and (tmp_path / INDEX).is_file()
+    save_file({k: v + 1 for k, v in load_file(tmp_path / "model.safetensors").items()}, tmp_path / "others.safetensors")
+    if named is not None:
+        values = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({**values, "transformers_weights": named}))
+    theirs = _as_transformers_reads(tmp_path)
+    with open_weights(tmp_path, architecture_from_huggingface(tmp_path)) as weights:
+        for name in weights.shapes():
+            assert torch.equal(weights.read(name), theirs[name]), name
+
+
+def test_a_tied_model_with_its_output_layer_alone_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
+    save_model("llama3", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with open_weights(tmp_path, architecture_from_huggingface(tmp_path)) as weights:
+        assert torch.equal(weights.read("model.embed_tokens.weight", slice(3, 9)), tensors["lm_head.weight"][3:9])
+        assert "lm_head.weight" not in weights.shapes()
+    assert torch.equal(_as_transformers_reads(tmp_path)["model.embed_tokens.weight"], tensors["lm_head.weight"])
+
+
+@pytest.mark.parametrize(
+    "files, advice",
+    [
+        (["pytorch_model.bin"], "loading and saving the model once"),
+        (["pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin"], "loading and saving the model once"),
+        (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], "index.json is missing"),
+        (["model.fp16.safetensors"], "does not read model.fp16.safetensors"),
+        (["consolidated.safetensors"], "does not read consolidated.safetensors"),
+        (["llama.Q4_K_M.gguf"], "gguf"),
+        ([], "no weights"),
+    ],
+)
+def test_a_folder_without_weights_says_what_it_has(files: list[str], advice: str, tmp_path: Path) -> None:
+    for file in files:
+        (tmp_path / file).write_bytes(b"x")
+    with pytest.raises(UserError, match="holds neither") as caught:
+        TensorFolder(tmp_path)
+    assert advice in str(caught.value.fix)
+
+
+@pytest.mark.parametrize("file", ["../model.safetensors", "/etc/passwd"])
+def test_an_index_leads_nowhere_else(file: str, tmp_path: Path) -> None:
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": file}}))
+    with pytest.raises(UserError, match="outside of the folder"):
+        TensorFolder(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"transformers_weights": file}))
+    with pytest.raises(UserError, match="outside of the folder"):
+        TensorFolder(tmp_path)
+
+
+def test_missing_files_are_counted(model: Path) -> None:
+    files = sorted(model.glob("*.safetensors"))
+    for file in files[1:3]:
+        file.unlink()
+    with pytest.raises(UserError, match=f"lacks 2 of the {len(files)} files .* first {files[1].name}"):
+        TensorFolder(model)
+
+
+def test_links_of_a_download_are_followed_and_broken_ones_are_missing(tmp_path: Path) -> None:
+    save_model("llama2", tmp_path / "blobs")
+    (tmp_path / "snapshot").mkdir()
+    for file in ("config.json", "model.safetensors"):
+        (tmp_path / "snapshot" / file).symlink_to(tmp_path / "blobs" / file)
+    assert TensorFolder(tmp_path / "snapshot").shapes()
+    (tmp_path / "blobs" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="holds neither"):
+        TensorFolder(tmp_path / "snapshot")
+
+
+def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+    save_model("llama2", tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "x"}')
+    with pytest.raises(UserError, match="an adapter"):
+        TensorFolder(tmp_path)
+
+
+def test_tensors_may_keep_a_type_of_their_own(tmp_path: Path) -> None:
+    tensors = {
+        "a": torch.tensor(1.25),
+        "b": torch.tensor([3, 1 << 40]),
+        "c": torch.tensor([True, False]),
+        "d": torch.ones(2),
+    }
+    exact = {name: tensor.dtype for name, tensor in tensors.items() if name != "d"}
+    writer = TensorWriter(tmp_path, {k: tuple(v.shape) for k, v in tensors.items()}, torch.bfloat16, exact=exact)
+    for name, tensor in tensors.items():
+        writer.write(name, tensor)
+    writer.close()
+    stored = stored_tensors(tmp_path)
+    assert all(torch.equal(stored[name], tensors[name]) and stored[name].dtype == exact[name] for name in exact)
+    assert stored["d"].dtype == torch.bfloat16
+    assert TensorFolder(tmp_path).whole("a") == 1.25

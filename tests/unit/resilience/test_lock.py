@@ -235,7 +235,7 @@ def test_an_owner_that_was_stopped_claims_the_run_again(tmp_path: Path, monkeypa
     monkeypatch.setattr(lock_module, "BEAT_SECONDS", 0.05)
     lock = RunLock(tmp_path)
     lock._renewed -= 2 * lock_module.LEASE_SECONDS
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while lock._path.stem == "000001" and time.monotonic() < deadline:
         time.sleep(0.01)
     lock.check()

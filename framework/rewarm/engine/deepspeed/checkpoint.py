@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rewarm.engine import ranks
+from rewarm.engine.deepspeed.buffers import write_buffers
 from rewarm.engine.deepspeed.partitions import Partitions
 from rewarm.engine.deepspeed.shards import Shards, place
 from rewarm.engine.state import MOMENTS, WEIGHT
@@ -25,7 +26,6 @@ from rewarm.files import parse_json
 from rewarm.model.safetensors_io import TensorFolder, TensorWriter
 
 INDEX = "index.json"
-BUFFERS = "buffers.safetensors"
 _FORMAT = "rewarm deepspeed 1"
 
 
@@ -56,7 +56,7 @@ def save(
             "ranks": parts,
         }
         (folder / INDEX).write_text(json.dumps(index))
-        _write_buffers(partitions.module, folder / BUFFERS)
+        write_buffers(partitions.module, folder)
 
     together(finish)
 
@@ -77,21 +77,6 @@ def _write_rank(folder: Path, partitions: Partitions, spans: dict[str, tuple[int
             for kind in kinds:
                 writer.write(f"{fragment.name}/{kind}", fragment.tensors[kind])
     writer.close()
-
-
-def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Buffers that belong to the model's state."""
-    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    state = module.state_dict(keep_vars=True)
-    return {name: value for name, value in state.items() if name not in parameters and isinstance(value, Tensor)}
-
-
-def _write_buffers(module: nn.Module, path: Path) -> None:
-    from safetensors.torch import save_file
-
-    buffers = {name: value.detach().cpu().contiguous() for name, value in persistent_buffers(module).items()}
-    if buffers:
-        save_file(buffers, path)
 
 
 class Checkpoint:
@@ -174,16 +159,6 @@ class Checkpoint:
         if rank not in self._open:
             self._open[rank] = TensorFolder(self.folder / _rank_folder(rank))
         return self._open[rank]
-
-    def load_buffers(self, module: nn.Module) -> None:
-        """Put the saved buffers back."""
-        if not (self.folder / BUFFERS).is_file():
-            return
-        from safetensors.torch import load_file
-
-        buffers = persistent_buffers(module)
-        for name, value in load_file(self.folder / BUFFERS).items():
-            buffers[name].copy_(value)
 
 
 def together(action: Callable[[], Any]) -> None:

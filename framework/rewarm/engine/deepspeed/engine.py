@@ -27,6 +27,7 @@ from rewarm.engine.collectives import (
     tokens_per_window,
 )
 from rewarm.engine.deepspeed import compat, export
+from rewarm.engine.deepspeed.buffers import fill_buffers, persistent_buffers, read_buffers, write_buffers
 from rewarm.engine.deepspeed.checkpoint import Checkpoint, save, together
 from rewarm.engine.deepspeed.extensions import needed_extensions, prepare_extensions
 from rewarm.engine.deepspeed.json import deepspeed_json
@@ -34,7 +35,7 @@ from rewarm.engine.deepspeed.model import build_model
 from rewarm.engine.deepspeed.optimizer import build_optimizer, set_learning_rate
 from rewarm.engine.deepspeed.partitions import open_partitions
 from rewarm.engine.deepspeed.shards import Shards
-from rewarm.engine.deepspeed.sources import RandomWeights, Source, open_huggingface
+from rewarm.engine.deepspeed.sources import ImportedWeights, RandomWeights, Source, open_huggingface
 from rewarm.engine.deepspeed.state import lend
 from rewarm.engine.deepspeed.swap import SwapFolder
 from rewarm.engine.deepspeed.ulysses import Ulysses
@@ -45,6 +46,7 @@ from rewarm.engine.state import MOMENTS, WEIGHT, StateTensor, lending
 from rewarm.errors import UserError, ensure
 from rewarm.model.description import HuggingFaceModel
 from rewarm.model.initial import RandomTensors
+from rewarm.model.safetensors_io import BROKEN_FOLDER, BROKEN_MODEL, check_finite
 
 
 class DeepSpeedEngine(Collectives, Engine):
@@ -104,7 +106,7 @@ class DeepSpeedEngine(Collectives, Engine):
             self._partitions.offload(config.offload, eight_bit=config.optimizer.eight_bit)
         self._shards = Shards(self.deepspeed.module, self._tensor_rank, self.layout.tensor)
         if config.parent is None:
-            self._fill(self._random_weights())
+            self._fill(self._random_weights(), "the random weights")
 
     def _random_weights(self) -> Source:
         values = self.model.config
@@ -117,13 +119,26 @@ class DeepSpeedEngine(Collectives, Engine):
             )
         )
 
-    def _fill(self, source: Source, *, moments: bool = False) -> None:
-        """Set the fp32 parameters, and the moments, and take them over into the model. Collective."""
+    def _fill(self, source: Source, name: str, *, moments: bool = False, fix: str = BROKEN_MODEL) -> None:
+        """Set the fp32 parameters, and the moments, and take them over into the model. Collective.
+
+        Args:
+            source: has all of them.
+            name: of the source, for messages.
+            moments: set them too.
+            fix: what to do if one of them is not finite.
+        """
         kinds = (WEIGHT, *MOMENTS) if moments else (WEIGHT,)
-        with torch.no_grad():
+
+        def fill() -> None:
             for fragment in self._partitions.fragments(moments=moments, write=True):
                 for kind in kinds:
                     self._shards.fill(fragment, source, kind)
+                    label = fragment.name if kind == WEIGHT else f"{fragment.name} ({kind})"
+                    check_finite(fragment.tensors[kind], label, name, fix)
+
+        with torch.no_grad():
+            together(fill)
             self._partitions.weights_changed()
 
     def train_step(self, batch: Batch, learning_rate: float) -> StepResult:
@@ -301,17 +316,23 @@ class DeepSpeedEngine(Collectives, Engine):
                 )
 
         together(open_checkpoint)
-        self._fill(found[0], moments=optimizer and self._partitions.has_moments)
+        source = f"the checkpoint {folder}"
+        self._fill(found[0], source, moments=optimizer and self._partitions.has_moments)
         if optimizer:
             self._partitions.set_steps(found[0].steps)
-        found[0].load_buffers(self.deepspeed.module)
+        together(lambda: read_buffers(self.deepspeed.module, folder))
 
     def import_huggingface(self, folder: Path) -> None:
         """See :meth:`Engine.import_huggingface`."""
-        found: list[Source] = []
-        trust = self.config.deepspeed.trust_remote_code
-        together(lambda: found.append(open_huggingface(folder, self._shards.shapes, trust_remote_code=trust)))
-        self._fill(found[0])
+        found: list[ImportedWeights] = []
+        module, trust = self.deepspeed.module, self.config.deepspeed.trust_remote_code
+
+        def open_folder() -> None:
+            found.append(open_huggingface(folder, self._shards.shapes, module, trust_remote_code=trust))
+            fill_buffers(module, found[0].tensors(persistent_buffers(module)), str(folder), BROKEN_FOLDER)
+
+        together(open_folder)
+        self._fill(found[0], str(folder), fix=BROKEN_FOLDER)
 
     def export_huggingface(
         self,
@@ -337,13 +358,15 @@ class DeepSpeedEngine(Collectives, Engine):
             for kind in writer.kinds:
                 writer.write(fragment.name, kind, fragment.tensors[kind].view(shapes[fragment.name]))
         writer.close()
+        write_buffers(self.deepspeed.module, folder)
 
     def load_portable(self, folder: Path) -> None:
         """See :meth:`Engine.load_portable`."""
         ensure(self.world_size == 1, "in more processes each would hold a part")
         state = PortableState(folder)
-        self._fill(state, moments=self._partitions.has_moments)
+        self._fill(state, str(folder), moments=self._partitions.has_moments)
         self._partitions.set_steps(state.steps)
+        read_buffers(self.deepspeed.module, folder)
 
     @contextmanager
     def state(self, kinds: Sequence[str] = (WEIGHT,), *, write: bool = False) -> Iterator[Iterator[StateTensor]]:

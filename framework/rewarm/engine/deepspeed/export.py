@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from rewarm.data.model_folder import list_files
 from rewarm.engine import device, ranks
-from rewarm.engine.deepspeed.checkpoint import persistent_buffers
+from rewarm.engine.deepspeed.buffers import persistent_buffers
 from rewarm.engine.deepspeed.shards import Shards
+from rewarm.errors import UserError
 from rewarm.model.description import HuggingFaceModel
 from rewarm.model.files import carry_files, written_aside
-from rewarm.model.safetensors_io import TensorWriter
+from rewarm.model.safetensors_io import BROKEN_MODEL, TensorWriter, check_finite, check_no_nan
 
 _T = TypeVar("_T")
 
@@ -53,12 +54,12 @@ def export_model(
         shards: its cut over the tensor ranks.
         model: gives config.json.
         folder: the name it gets; only rank 0's disk is used.
-        dtype: ``float32`` or ``bfloat16``, of the tensors written.
+        dtype: ``float32`` or ``bfloat16``, of the parameters written; buffers keep their own.
         files: what goes along.
         replace: take the place of what is there.
 
     Raises:
-        UserError: on every rank, if the folder exists or cannot be written.
+        UserError: on every rank, if the folder exists or cannot be written, or a weight is not finite.
     """
     buffers = persistent_buffers(module)
     with ExitStack() as stack:
@@ -68,14 +69,15 @@ def export_model(
             (aside / "config.json").write_text(json.dumps(_config(model, dtype), indent=2) + "\n", encoding="utf-8")
             _copy_companions(files, model, aside)
             shapes = {name: tuple(value.shape) for name, value in buffers.items()} | shards.shapes
-            return TensorWriter(aside, shapes, device.dtype_of(dtype))
+            exact = {name: value.dtype for name, value in buffers.items()}
+            return TensorWriter(aside, shapes, device.dtype_of(dtype), exact=exact)
 
         writer = _on_main(begin)
         problem: Exception | None = None
         for name, tensor in _whole_parameters(module, shards):
             problem = problem or _attempt(writer, name, tensor)
         for name, tensor in buffers.items():
-            problem = problem or _attempt(writer, name, tensor)
+            problem = problem or _attempt(writer, name, tensor, check_no_nan)
         ranks.raise_on_every_rank(problem)
 
         def finish() -> None:
@@ -86,12 +88,15 @@ def export_model(
         _on_main(finish)
 
 
-def _attempt(writer: TensorWriter | None, name: str, tensor: Tensor) -> Exception | None:
-    """Write where there is a writer. A full disk is remembered, since the other ranks go on gathering."""
+def _attempt(
+    writer: TensorWriter | None, name: str, tensor: Tensor, check: Callable[..., None] = check_finite
+) -> Exception | None:
+    """Write where there is a writer. What goes wrong is remembered, since the other ranks go on gathering."""
     try:
         if writer is not None:
+            check(tensor, name, "the model", BROKEN_MODEL)
             writer.write(name, tensor)
-    except OSError as error:
+    except (OSError, UserError) as error:
         return error
     return None
 

@@ -6,11 +6,13 @@ import platform
 from contextlib import ExitStack
 from typing import Any, assert_never
 
+import torch
 from torch import nn
 
 from rewarm.config.deepspeed import DeepSpeedConfig
 from rewarm.config.run import RunConfig
 from rewarm.engine import device, ranks
+from rewarm.engine.deepspeed.buffers import freeze
 from rewarm.engine.deepspeed.checkpoint import together
 from rewarm.engine.deepspeed.layout import check_code
 from rewarm.engine.deepspeed.swap import check_room
@@ -77,6 +79,9 @@ def build_model(config: RunConfig, model: HuggingFaceModel, deepspeed: Any, valu
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"transformers cannot build this {model.model_type} model: {reason}") from error
     built.tie_weights()  # which belongs to the initialisation that was left out
+    freeze(built)
+    if torch.distributed.get_world_size() > 1 and settings.zero_stage > 0:
+        check_experts(built)
     built.config.use_cache = False
     _train_every_embedding(built)
     if config.recomputes_activations:
@@ -103,6 +108,26 @@ def attention_options(settings: DeepSpeedConfig) -> dict[str, Any]:
         case "sdpa" | "eager" | "flash_attention_2":
             return {"attn_implementation": settings.attention}
     assert_never(settings.attention)
+
+
+def check_experts(model: nn.Module) -> None:
+    """Refuse experts that are modules of their own, under ZeRO on several ranks.
+
+    One that no token of a rank's micro-batch is sent to has no gradient on that rank and has one elsewhere, or is not
+    gathered there: ZeRO then adds up the wrong gradients, or waits for ever. Experts that are slices of one parameter,
+    as transformers 5 has them, always have a gradient, and averaging it is right.
+
+    Raises:
+        UserError: naming the module.
+    """
+    for name, part in model.named_modules():
+        if "expert" in name.rsplit(".", 1)[-1] and isinstance(part, nn.ModuleList) and len(part) > 1:
+            raise UserError(
+                f"{name} of this model is a list of {len(part)} experts, of which a rank's batch may leave some out: "
+                "ZeRO would add up the wrong gradients",
+                fix="install transformers 5 or newer, which keeps experts in one tensor where it knows the family; or "
+                "set deepspeed.zero_stage=0; or train in one process",
+            )
 
 
 def _check_nvme(config: RunConfig, model: nn.Module) -> None:

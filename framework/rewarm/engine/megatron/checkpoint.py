@@ -27,10 +27,12 @@ from torch.distributed.checkpoint import save as save_sharded
 
 from rewarm.engine import ranks
 from rewarm.engine.megatron.optimizer import Optimizer
-from rewarm.engine.megatron.sharded_reader import TensorsOnly
+from rewarm.engine.megatron.sharded_reader import TensorsOnly, check_metadata
 from rewarm.engine.megatron.transformer import Decoder
+from rewarm.engine.megatron.weights import places
 from rewarm.errors import UserError
 from rewarm.model.architecture import Architecture
+from rewarm.model.safetensors_io import BROKEN_MODEL, check_finite
 
 _FORMAT = CheckpointingConfig("torch_dist", 1)
 _EXTRA = "_extra_state"
@@ -156,7 +158,8 @@ def load(
         moments: go on with the optimizer's state; else it stays as it is.
 
     Raises:
-        UserError: if the folder is no such checkpoint, holds another model, or lacks the optimizer's state.
+        UserError: if the folder is no such checkpoint, holds another model, lacks the optimizer's state, or holds
+            values that are not finite.
     """
     contents: list[dict[str, Any]] = []
     _together(lambda: contents.append(_check(folder, architecture, moments)))
@@ -164,7 +167,7 @@ def load(
     if moments:
         request = {**state, "optimizer": optimizer.sharded.sharded_state_dict(state, True, metadata=_metadata())}
     else:
-        request = _main_state(state) if contents[0]["optimizer"] else dict(state)
+        request = _fp32_state(state, "optimizer.state.param." if contents[0]["optimizer"] else "")
     error: Exception | None = None
     try:
         loaded = dist_checkpointing.load(request, str(folder), TensorsOnly())
@@ -179,10 +182,9 @@ def load(
         if moments:
             optimizer.sharded.load_state_dict(loaded["optimizer"])
             optimizer.apply_settings()
-        elif contents[0]["optimizer"]:
-            _set_main_parameters(optimizer, [loaded[name] for name in state], chunks)
         else:
-            optimizer.weights_changed()
+            _set_main_parameters(optimizer, [loaded[name] for name in state], chunks)
+    _together(lambda: _check_finite(folder, architecture, chunks, optimizer, moments=moments))
 
 
 def _extra_keys(chunk: Decoder) -> list[str]:
@@ -194,9 +196,27 @@ def _extra_keys(chunk: Decoder) -> list[str]:
     ]
 
 
-def _main_state(state: dict[str, Any]) -> dict[str, Any]:
-    """A request for the weights that gets the fp32 main parameters, under the names by which Megatron-Core's
-    optimizer saves them."""
+@torch.no_grad()
+def _check_finite(
+    folder: Path, architecture: Architecture, chunks: Sequence[Decoder], optimizer: Optimizer, *, moments: bool
+) -> None:
+    """Refuse what nothing can go on from."""
+    source = f"the checkpoint {folder}"
+    for place, parameter in places(chunks, architecture):
+        check_finite(parameter, place.names[0], source, BROKEN_MODEL)
+        if moments and optimizer.has_moments:
+            for kind, values in optimizer.state_of(parameter).items():
+                check_finite(values, f"{place.names[0]} ({kind})", source, BROKEN_MODEL)
+
+
+def _fp32_state(state: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """A request for the weights in fp32, whatever type the parameters have.
+
+    Args:
+        state: of the model.
+        prefix: of the keys: that of the fp32 main parameters, under the names by which Megatron-Core's optimizer saves
+            them, or none.
+    """
 
     def main(entry: Any) -> Any:
         if not isinstance(entry.data, torch.nn.Parameter):
@@ -204,7 +224,7 @@ def _main_state(state: dict[str, Any]) -> dict[str, Any]:
         # Zeros, because rows that pad the vocabulary here may not be there; on the host, because a device may have no
         # room for all of them.
         fields = {
-            "key": f"optimizer.state.param.{entry.key}",
+            "key": f"{prefix}{entry.key}",
             "data": torch.zeros_like(entry.data, dtype=torch.float32, device="cpu"),
         }
         if isinstance(entry, ShardedTensor):
@@ -223,18 +243,15 @@ def _set_main_parameters(
         for chunk, weights in zip(chunks, loaded, strict=True)
         for name, parameter in chunk.named_parameters()
     }
-    sharded = optimizer.sharded
-    for parameter in sharded.model_param_gbuf_map:
-        span = sharded._get_model_param_range_map(parameter)["param"]
-        tensors = sharded._get_main_param_and_optimizer_states(parameter)
-        main = values[parameter].view(-1)[span.start : span.end].to(parameter.device)
-        sharded._set_main_param_and_optimizer_states(parameter, {**tensors, "param": main})
+    for parameter, weights in values.items():
+        optimizer.set_main(parameter, weights.float())
 
 
 def _check(folder: Path, architecture: Architecture, need_optimizer: bool) -> dict[str, Any]:
     """What the checkpoint says of itself."""
     try:
         common: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(folder))["rewarm"]
+        check_metadata(folder)  # by itself: inside its loading torch prints a stack trace for what is refused here
     except (CheckpointingException, UnpicklingError, OSError, KeyError, TypeError, EOFError, RuntimeError) as failure:
         raise UserError(
             f"{folder} is not a readable checkpoint of the megatron engine: {failure}",

@@ -46,12 +46,11 @@ class MegatronEngine(Engine):
         self._join_parallel_groups()
         self._decoder = decoder_config(config, architecture)
         self.chunks: list[Decoder] = build_chunks(config, architecture, self._decoder)
-        if config.parent is None:
-            initialize(self.chunks, architecture, config.seed)
-        else:
-            clear_padding(self.chunks, architecture)
+        clear_padding(self.chunks, architecture)
         self._wrapped = self._wrap(self.chunks)
         self._optimizer = Optimizer(config.optimizer, self._wrapped, self._decoder, config.offload)
+        if config.parent is None:
+            initialize(self.chunks, architecture, config.seed, self._optimizer.set_main)
 
     def _join_parallel_groups(self) -> None:
         parallel = self.config.parallel
@@ -245,8 +244,12 @@ class MegatronEngine(Engine):
         from rewarm.engine.megatron.weights import import_weights
 
         self._optimizer.finish()
-        import_weights(self.chunks, self.architecture, folder)
-        self._optimizer.weights_changed()
+        error: Exception | None = None
+        try:
+            import_weights(self.chunks, self.architecture, folder, self._optimizer.set_main)
+        except Exception as caught:
+            error = caught
+        ranks.raise_on_every_rank(error)  # each rank reads another part
 
     def export_huggingface(
         self,

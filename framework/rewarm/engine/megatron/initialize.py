@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from rewarm.engine.megatron.transformer import Decoder
-from rewarm.engine.megatron.weights import fill_weights
+from rewarm.engine.megatron.weights import SetMain, fill_weights
 from rewarm.model.architecture import Architecture
 from rewarm.model.initial import RandomTensors
 from rewarm.model.tensors import tensor_shapes
@@ -29,15 +29,24 @@ def global_parameters(chunk: Decoder) -> Iterator[tuple[str, Tensor]]:
         yield shifted, parameter
 
 
-def initialize(chunks: Sequence[Decoder], architecture: Architecture, seed: int) -> None:
-    """Draw every weight of this rank, holding one full tensor at a time; padded vocabulary rows are zero."""
+def initialize(
+    chunks: Sequence[Decoder], architecture: Architecture, seed: int, set_main: SetMain | None = None
+) -> None:
+    """Draw every weight of this rank, holding one full tensor at a time; padded vocabulary rows are zero.
+
+    Args:
+        chunks: this rank's parts of the model.
+        architecture: of the model.
+        seed: of the run.
+        set_main: as for :func:`rewarm.engine.megatron.weights.import_weights`.
+    """
     drawn = RandomTensors(
         tensor_shapes(architecture),
         seed=seed,
         initializer_range=architecture.initializer_range,
         num_layers=architecture.num_layers,
     )
-    fill_weights(chunks, architecture, drawn)
+    fill_weights(chunks, architecture, drawn, set_main)
 
 
 @torch.no_grad()

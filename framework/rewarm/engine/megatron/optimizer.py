@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from rewarm.engine.megatron import compat
 from rewarm.engine.megatron.offloaded import OffloadedAdamWStep, OffloadedOptimizer
 from rewarm.engine.megatron.overlap import Overlap, Replica
 from rewarm.engine.megatron.update import ShardOptimizer
+from rewarm.engine.portable import MOMENTS
 
 
 class _ShardedOptimizer(DistributedOptimizer):
@@ -179,6 +181,29 @@ class Optimizer:
         """Take this rank's fp32 main parameters over into its part of the model's; the others are not told."""
         self.sharded._copy_main_params_to_model_params()
 
+    def state_of(self, parameter: Any) -> dict[str, Tensor]:
+        """This rank's part of a parameter's moments; nothing where it has none."""
+        if parameter not in self.sharded.model_param_gbuf_map:
+            return {}
+        found = self.sharded._get_main_param_and_optimizer_states(parameter)
+        return {kind: found[kind] for kind in MOMENTS if kind in found}
+
+    @torch.no_grad()
+    def set_main(self, parameter: Any, values: Tensor) -> None:
+        """Set this rank's part of a parameter's fp32 main values, and leave its moments as they are.
+
+        Args:
+            parameter: of the model.
+            values: fp32 [as the parameter], which it was or is set to as well.
+        """
+        sharded = self.sharded
+        if parameter not in sharded.model_param_gbuf_map:
+            return
+        span = sharded._get_model_param_range_map(parameter)["param"]
+        tensors = sharded._get_main_param_and_optimizer_states(parameter)
+        main = values.reshape(-1)[span.start : span.end].to(parameter.device)
+        sharded._set_main_param_and_optimizer_states(parameter, {**tensors, "param": main})
+
     def rehearsed(self, seconds: float, forward: float, backward: float, passes: int) -> None:
         """Take notice of the time and memory of a step without its update. Collective.
 
@@ -195,7 +220,3 @@ class Optimizer:
         """End what runs beside the step. Not collective."""
         if isinstance(self._inner, OffloadedAdamWStep):
             self._inner.offload.close()
-
-    def weights_changed(self) -> None:
-        """Take the model's parameters over into the fp32 main parameters, after they were loaded from elsewhere."""
-        self.sharded.reload_model_params()

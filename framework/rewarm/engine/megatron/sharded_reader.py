@@ -44,6 +44,16 @@ class _Reader(FileSystemReader):
         return metadata
 
 
+def check_metadata(folder: Path) -> None:
+    """Refuse metadata that names what no checkpoint holds.
+
+    Raises:
+        pickle.UnpicklingError: if it does, or is damaged.
+        OSError: if it cannot be read.
+    """
+    _Reader(folder).read_metadata()
+
+
 class _Planner(MCoreLoadPlanner):
     def load_bytes(self, read_item: Any, value: Any) -> None:
         """See the base class, which unpickles."""

@@ -25,7 +25,7 @@ from rewarm.errors import UserError, ensure
 from rewarm.model.architecture import Architecture
 from rewarm.model.files import carry_files, written_aside
 from rewarm.model.huggingface import config_for_huggingface
-from rewarm.model.safetensors_io import TensorWriter
+from rewarm.model.safetensors_io import BROKEN_FOLDER, BROKEN_MODEL, TensorFolder, TensorWriter, check_finite
 from rewarm.model.tensors import (
     EMBEDDING,
     FINAL_NORM,
@@ -38,6 +38,9 @@ from rewarm.model.tensors import (
 
 _T = TypeVar("_T")
 _DISK = "check the permissions and the free space"
+
+SetMain = Callable[[torch.nn.Parameter, torch.Tensor], None]
+"""Takes a local parameter and its values, fp32 [as the parameter], for the optimizer."""
 
 _Split = Literal["whole", "vocabulary", "columns", "qkv", "gate_up"]
 
@@ -66,31 +69,40 @@ class Place:
     names: tuple[str, ...]
 
 
-def import_weights(chunks: Sequence[torch.nn.Module], architecture: Architecture, folder: str | Path) -> None:
+def import_weights(
+    chunks: Sequence[torch.nn.Module], architecture: Architecture, folder: str | Path, set_main: SetMain | None = None
+) -> None:
     """Fill live Megatron chunks from a Hugging Face folder; each rank reads only the rows and columns it holds.
 
-    Values are converted to the type of the parameters; rows that pad the vocabulary become 0. With fp32 main
-    parameters the optimizer must copy them from the model afterwards (``reload_model_params``). No collective.
+    Parameters get the values in their own type; rows that pad the vocabulary become 0. No collective.
 
     Args:
         chunks: this rank's GPTModel chunks, wrapped or not, in the order of the virtual pipeline.
         architecture: what they were built from.
         folder: config.json and safetensors.
+        set_main: takes each parameter's values in fp32 for the optimizer, before they are rounded to its own type.
 
     Raises:
-        UserError: the same on every rank, if the folder's tensors are not exactly the architecture's.
+        UserError: if the folder's tensors are not exactly the architecture's, or one of those that this rank reads
+            holds values that are not finite.
     """
     with open_weights(folder, architecture) as weights:
-        fill_weights(chunks, architecture, weights)
+        fill_weights(chunks, architecture, _Finite(weights), set_main)
 
 
-def fill_weights(chunks: Sequence[torch.nn.Module], architecture: Architecture, weights: TensorReader) -> None:
+def fill_weights(
+    chunks: Sequence[torch.nn.Module],
+    architecture: Architecture,
+    weights: TensorReader,
+    set_main: SetMain | None = None,
+) -> None:
     """Fill live Megatron chunks from Hugging Face tensors, as :func:`import_weights` does. No collective.
 
     Args:
         chunks: as for :func:`import_weights`.
         architecture: what they were built from.
         weights: has every tensor of the architecture.
+        set_main: as for :func:`import_weights`.
     """
     rank = parallel_state.get_tensor_model_parallel_rank()
     filled: set[str] = set()
@@ -102,9 +114,23 @@ def fill_weights(chunks: Sequence[torch.nn.Module], architecture: Architecture, 
                 f"{place.names}: shape {tuple(shard.shape)} read for {tuple(parameter.shape)}",
             )
             parameter.copy_(shard)
+            if set_main is not None:
+                set_main(parameter, shard.float())
             filled.update(place.names)
     missing = _local_names(chunks, architecture) - filled
     ensure(not missing, f"the model has no parameter for {sorted(missing)[:3]}")
+
+
+class _Finite:
+    """Tensors of a folder, of which a block that is not finite is refused; see :class:`TensorReader`."""
+
+    def __init__(self, weights: TensorFolder) -> None:
+        self._weights = weights
+
+    def read(self, name: str, rows: slice = slice(None), columns: slice | None = None) -> torch.Tensor:
+        block = self._weights.read(name, rows, columns)
+        check_finite(block, name, str(self._weights.folder), BROKEN_FOLDER)
+        return block
 
 
 def export_weights(
@@ -124,10 +150,10 @@ def export_weights(
         dtype: ``torch.float32`` or ``torch.bfloat16``, of the tensors written.
 
     Raises:
-        UserError: on every rank, if rank 0 cannot write.
+        UserError: on every rank, if rank 0 cannot write, or a weight is not finite.
     """
     problem = _stream(chunks, architecture, Path(folder), dtype) if _in_first_replica() else None
-    ranks.raise_on_every_rank(None if problem is None else UserError(problem, fix=_DISK))
+    ranks.raise_on_every_rank(problem)
 
 
 def export_model(
@@ -193,7 +219,7 @@ class _Sink:
     """
 
     def __init__(self, architecture: Architecture, folder: Path, dtype: torch.dtype) -> None:
-        self.problem: str | None = None
+        self.problem: UserError | None = None
         self._folder = folder
         self._writer: TensorWriter | None = None
         if dist.get_rank() == 0:
@@ -204,9 +230,10 @@ class _Sink:
         with self._remembering():
             for name, tensor in zip(names, tensors, strict=True):
                 if self._writer is not None and self.problem is None:
+                    check_finite(tensor, name, "the model", BROKEN_MODEL)
                     self._writer.write(name, tensor)
 
-    def close(self) -> str | None:
+    def close(self) -> UserError | None:
         with self._remembering():
             if self._writer is not None and self.problem is None:
                 self._writer.close()
@@ -216,13 +243,16 @@ class _Sink:
     def _remembering(self) -> Iterator[None]:
         try:
             yield
+        except UserError as error:
+            self.problem = error
         except OSError as error:
-            self.problem = f"cannot write the weights into {self._folder}: {error.strerror or error}"
+            problem = f"cannot write the weights into {self._folder}: {error.strerror or error}"
+            self.problem = UserError(problem, fix=_DISK)
 
 
 def _stream(
     chunks: Sequence[torch.nn.Module], architecture: Architecture, folder: Path, dtype: torch.dtype
-) -> str | None:
+) -> UserError | None:
     """Bring every parameter to rank 0 and write it there; returns what went wrong with the files, if anything."""
     local = {place: parameter.detach() for place, parameter in places(chunks, architecture)}
     pipeline = parallel_state.get_pipeline_model_parallel_group()
