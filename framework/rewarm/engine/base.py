@@ -8,9 +8,9 @@ Shape suffixes: B windows, S ``sequence_length``, D domains.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from rewarm.engine.state import StateTensor
+    from rewarm.engine.state import Lent
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,9 +187,7 @@ class Engine(ABC):
         """Go on from what :meth:`save_portable` of either engine wrote. In one process only."""
 
     @abstractmethod
-    def state(
-        self, kinds: Sequence[str] = ("weight",), *, write: bool = False
-    ) -> AbstractContextManager[Iterator[StateTensor]]:
+    def state(self, kinds: Sequence[str] = ("weight",), *, write: bool = False) -> Lent:
         """Lend this rank's fp32 parameters and moments, one after the other; :mod:`rewarm.engine.state` has the rules.
 
         Entering waits for an update that still runs, and leaving takes what was written over into the model. Both are
@@ -209,8 +207,12 @@ class Engine(ABC):
         """Restore what :meth:`rng_state` returned."""
 
     @abstractmethod
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every parameter of the whole model by its Hugging Face name, without padded rows and copies."""
+
     def parameter_count(self) -> int:
         """Parameters of the whole model, padded rows and copies excluded."""
+        return sum(math.prod(shape) for shape in self.parameter_shapes().values())
 
     @abstractmethod
     def any_rank(self, flag: bool) -> bool:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rewarm.engine.state import MOMENTS, WEIGHT
+from rewarm.engine.base import Engine
+from rewarm.engine.state import MOMENTS, WEIGHT, StateTensor
+from rewarm.errors import ensure
 from rewarm.model.safetensors_io import TensorFolder, TensorWriter
 
 _INDEX = "portable.json"
@@ -38,6 +40,32 @@ class PortableWriter:
     def close(self) -> None:
         """Check that everything was written, and force it to the disk."""
         self._writer.close()
+
+
+def write_portable(
+    folder: Path,
+    engine: Engine,
+    split: Callable[[StateTensor], Iterable[tuple[str, Tensor]]],
+    *,
+    moments: bool,
+    steps: int,
+) -> None:
+    """Write an engine's state. In one process only, where each tensor is lent whole.
+
+    Args:
+        folder: exists and is empty.
+        engine: whose state is written.
+        split: the Hugging Face tensors that one of the engine's consists of.
+        moments: Adam's moments are written too.
+        steps: updates that the moments have seen.
+    """
+    ensure(engine.world_size == 1, "in more processes each would hold a part")
+    writer = PortableWriter(folder, engine.parameter_shapes(), moments=moments, steps=steps)
+    with engine.state(writer.kinds) as tensors:
+        for each in tensors:
+            for name, part in split(each):
+                writer.write(name, each.kind, part)
+    writer.close()
 
 
 class PortableState:

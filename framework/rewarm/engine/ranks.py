@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,8 @@ import torch.distributed as dist
 from rewarm.engine import device, gpus
 from rewarm.engine.environment import this_node
 from rewarm.errors import UserError
+
+T = TypeVar("T")
 
 
 def join(timeout_minutes: float) -> None:
@@ -125,6 +128,23 @@ def raise_on_every_rank(error: Exception | None) -> None:
     if kind == "user":
         raise UserError(arguments[0], fix=arguments[1])
     raise RuntimeError(f"rank {rank}: {arguments[0]}")
+
+
+def on_every_rank(action: Callable[[], T]) -> T:
+    """What the action returns on this rank; what it raises on one rank is raised on all. Collective."""
+    error: Exception | None = None
+    found: list[T] = []
+    try:
+        found.append(action())
+    except Exception as caught:
+        error = caught
+    raise_on_every_rank(error)
+    return found[0]
+
+
+def on_main(action: Callable[[], T]) -> T | None:
+    """What the action returns on rank 0, None elsewhere; what it raises is raised on every rank. Collective."""
+    return on_every_rank(lambda: action() if dist.get_rank() == 0 else None)
 
 
 def _summary(error: Exception) -> tuple[str, tuple[Any, ...]]:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -74,6 +74,10 @@ class StateTensor:
     def indices(self) -> Tensor:
         """int64 [n]; where each element lies in the flattened whole parameter."""
         return self.part_of(torch.arange(math.prod(self.global_shape)).view(self.global_shape))
+
+
+Lent = AbstractContextManager[Iterator[StateTensor]]
+"""What :meth:`rewarm.engine.base.Engine.state` returns: a block in which the tensors are lent."""
 
 
 @contextmanager

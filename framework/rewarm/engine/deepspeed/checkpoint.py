@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +38,10 @@ def save(
     """
     spans = {name: span for name, span in partitions.spans().items() if shards.answers_for(name)}
     moments = optimizer and partitions.has_moments
-    together(lambda: _write_rank(folder / _rank_folder(rank), partitions, spans, moments))
+    ranks.on_every_rank(lambda: _write_rank(folder / _rank_folder(rank), partitions, spans, moments))
     parts = ranks.gather({"tensor_rank": shards.rank, "spans": spans})
 
     def finish() -> None:
-        if rank:
-            return
         index = {
             "format": _FORMAT,
             "model": description,
@@ -58,7 +55,7 @@ def save(
         (folder / INDEX).write_text(json.dumps(index))
         write_buffers(partitions.module, folder)
 
-    together(finish)
+    ranks.on_main(finish)
 
 
 def _rank_folder(rank: int) -> str:
@@ -159,13 +156,3 @@ class Checkpoint:
         if rank not in self._open:
             self._open[rank] = TensorFolder(self.folder / _rank_folder(rank))
         return self._open[rank]
-
-
-def together(action: Callable[[], Any]) -> None:
-    """Do something on every rank; what goes wrong on one is raised on all. Collective."""
-    error: Exception | None = None
-    try:
-        action()
-    except Exception as caught:
-        error = caught
-    ranks.raise_on_every_rank(error)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from rewarm.engine.collectives import (
 )
 from rewarm.engine.deepspeed import compat, export
 from rewarm.engine.deepspeed.buffers import fill_buffers, persistent_buffers, read_buffers, write_buffers
-from rewarm.engine.deepspeed.checkpoint import Checkpoint, save, together
+from rewarm.engine.deepspeed.checkpoint import Checkpoint, save
 from rewarm.engine.deepspeed.extensions import needed_extensions, prepare_extensions
 from rewarm.engine.deepspeed.json import deepspeed_json
 from rewarm.engine.deepspeed.model import build_model
@@ -36,13 +36,13 @@ from rewarm.engine.deepspeed.optimizer import build_optimizer, set_learning_rate
 from rewarm.engine.deepspeed.partitions import open_partitions
 from rewarm.engine.deepspeed.shards import Shards
 from rewarm.engine.deepspeed.sources import ImportedWeights, RandomWeights, Source, open_huggingface
-from rewarm.engine.deepspeed.state import lend
+from rewarm.engine.deepspeed.state import lend, named
 from rewarm.engine.deepspeed.swap import SwapFolder
 from rewarm.engine.deepspeed.ulysses import Ulysses
 from rewarm.engine.deepspeed.update import OffloadedStep
 from rewarm.engine.gradients import gradient_statistics
-from rewarm.engine.portable import PortableState, PortableWriter
-from rewarm.engine.state import MOMENTS, WEIGHT, StateTensor, lending
+from rewarm.engine.portable import PortableState, write_portable
+from rewarm.engine.state import MOMENTS, WEIGHT, Lent, lending
 from rewarm.errors import UserError, ensure
 from rewarm.model.description import HuggingFaceModel
 from rewarm.model.initial import RandomTensors
@@ -74,7 +74,7 @@ class DeepSpeedEngine(Collectives, Engine):
         self._swap: SwapFolder | None = None
         self._context: Ulysses | None = None
         if needed_extensions(config.deepspeed):
-            together(lambda: prepare_extensions(config.deepspeed))
+            ranks.on_every_rank(lambda: prepare_extensions(config.deepspeed))
         self._initialize()
 
     def _initialize(self) -> None:
@@ -138,7 +138,7 @@ class DeepSpeedEngine(Collectives, Engine):
                     check_finite(fragment.tensors[kind], label, name, fix)
 
         with torch.no_grad():
-            together(fill)
+            ranks.on_every_rank(fill)
             self._partitions.weights_changed()
 
     def train_step(self, batch: Batch, learning_rate: float) -> StepResult:
@@ -315,12 +315,12 @@ class DeepSpeedEngine(Collectives, Engine):
                     fix="set optimizer_state=reset, or name a checkpoint that has it",
                 )
 
-        together(open_checkpoint)
+        ranks.on_every_rank(open_checkpoint)
         source = f"the checkpoint {folder}"
         self._fill(found[0], source, moments=optimizer and self._partitions.has_moments)
         if optimizer:
             self._partitions.set_steps(found[0].steps)
-        together(lambda: read_buffers(self.deepspeed.module, folder))
+        ranks.on_every_rank(lambda: read_buffers(self.deepspeed.module, folder))
 
     def import_huggingface(self, folder: Path) -> None:
         """See :meth:`Engine.import_huggingface`."""
@@ -331,7 +331,7 @@ class DeepSpeedEngine(Collectives, Engine):
             found.append(open_huggingface(folder, self._shards.shapes, module, trust_remote_code=trust))
             fill_buffers(module, found[0].tensors(persistent_buffers(module)), str(folder), BROKEN_FOLDER)
 
-        together(open_folder)
+        ranks.on_every_rank(open_folder)
         self._fill(found[0], str(folder), fix=BROKEN_FOLDER)
 
     def export_huggingface(
@@ -351,13 +351,8 @@ class DeepSpeedEngine(Collectives, Engine):
 
     def save_portable(self, folder: Path) -> None:
         """See :meth:`Engine.save_portable`."""
-        ensure(self.world_size == 1, "in more processes each would hold a part")
-        partitions, shapes = self._partitions, self._shards.shapes
-        writer = PortableWriter(folder, shapes, moments=partitions.has_moments, steps=partitions.steps())
-        for fragment in partitions.fragments(moments=partitions.has_moments, write=False):
-            for kind in writer.kinds:
-                writer.write(fragment.name, kind, fragment.tensors[kind].view(shapes[fragment.name]))
-        writer.close()
+        held = self._partitions
+        write_portable(folder, self, named, moments=held.has_moments, steps=held.steps())
         write_buffers(self.deepspeed.module, folder)
 
     def load_portable(self, folder: Path) -> None:
@@ -368,12 +363,10 @@ class DeepSpeedEngine(Collectives, Engine):
         self._partitions.set_steps(state.steps)
         read_buffers(self.deepspeed.module, folder)
 
-    @contextmanager
-    def state(self, kinds: Sequence[str] = (WEIGHT,), *, write: bool = False) -> Iterator[Iterator[StateTensor]]:
+    def state(self, kinds: Sequence[str] = (WEIGHT,), *, write: bool = False) -> Lent:
         """See :meth:`Engine.state`."""
-        publish = self._partitions.weights_changed if write else None
-        with lending(lend(self._partitions, self._shards, kinds, write=write), publish) as lent:
-            yield lent
+        tensors = lend(self._partitions, self._shards, kinds, write=write)
+        return lending(tensors, self._partitions.weights_changed if write else None)
 
     def rng_state(self) -> Any:
         """See :meth:`Engine.rng_state`."""
@@ -383,9 +376,9 @@ class DeepSpeedEngine(Collectives, Engine):
         """See :meth:`Engine.set_rng_state`."""
         device.set_rng_state(state)
 
-    def parameter_count(self) -> int:
-        """See :meth:`Engine.parameter_count`."""
-        return sum(math.prod(shape) for shape in self._shards.shapes.values())
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """See :meth:`Engine.parameter_shapes`."""
+        return self._shards.shapes
 
     def release(self) -> None:
         """Free the model and what DeepSpeed keeps beside it, and stay in the process group."""

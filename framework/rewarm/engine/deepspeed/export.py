@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,6 @@ from rewarm.errors import UserError
 from rewarm.model.description import HuggingFaceModel
 from rewarm.model.files import carry_files, written_aside
 from rewarm.model.safetensors_io import BROKEN_MODEL, TensorWriter, check_finite, check_no_nan
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +70,7 @@ def export_model(
             exact = {name: value.dtype for name, value in buffers.items()}
             return TensorWriter(aside, shapes, device.dtype_of(dtype), exact=exact)
 
-        writer = _on_main(begin)
+        writer = ranks.on_main(begin)
         problem: Exception | None = None
         for name, tensor in _whole_parameters(module, shards):
             problem = problem or _attempt(writer, name, tensor)
@@ -85,7 +83,7 @@ def export_model(
             writer.close()
             stack.close()
 
-        _on_main(finish)
+        ranks.on_main(finish)
 
 
 def _attempt(
@@ -124,16 +122,3 @@ def _copy_companions(files: Companions, model: HuggingFaceModel, target: Path) -
         shutil.copyfile(files.lineage, target / "lineage.json")
     for name, path in list_files(model.code_folder, ("*.py",)).items() if model.code_folder else ():
         shutil.copyfile(path, target / name)
-
-
-def _on_main(action: Callable[[], _T]) -> _T | None:
-    """What the action returns on rank 0, None elsewhere; what it raises, raised on every rank. Collective."""
-    value: _T | None = None
-    error: Exception | None = None
-    if torch.distributed.get_rank() == 0:
-        try:
-            value = action()
-        except Exception as caught:
-            error = caught
-    ranks.raise_on_every_rank(error)
-    return value

@@ -13,7 +13,6 @@ from rewarm.config.deepspeed import DeepSpeedConfig
 from rewarm.config.run import RunConfig
 from rewarm.engine import device, ranks
 from rewarm.engine.deepspeed.buffers import freeze
-from rewarm.engine.deepspeed.checkpoint import together
 from rewarm.engine.deepspeed.layout import check_code
 from rewarm.engine.deepspeed.swap import check_room
 from rewarm.errors import UserError
@@ -134,7 +133,7 @@ def _check_nvme(config: RunConfig, model: nn.Module) -> None:
     hosts: list[str] = ranks.gather(platform.node())
     shares = [-(-parameter.numel() // len(hosts)) for parameter in model.parameters()]
     here, width = hosts.count(platform.node()), device.dtype_of(config.precision).itemsize
-    together(lambda: check_room(config.deepspeed, shares, ranks=here, parameter_bytes=width))
+    ranks.on_every_rank(lambda: check_room(config.deepspeed, shares, ranks=here, parameter_bytes=width))
 
 
 def _train_every_embedding(model: Any) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+from torch import Tensor
+
 from rewarm.engine.deepspeed.partitions import Partitions
 from rewarm.engine.deepspeed.shards import Shards
 from rewarm.engine.state import WEIGHT, StateTensor
@@ -35,3 +37,8 @@ def lend(partitions: Partitions, shards: Shards, kinds: Sequence[str], *, write:
             tensor = fragment.tensors[kind]
             ensure(fragment.start + len(tensor) <= math.prod(shard_shape), f"{name} is longer than its shard")
             yield StateTensor(name, kind, shape, shard_shape, fragment.start, owned, tensor, cut)
+
+
+def named(each: StateTensor) -> list[tuple[str, Tensor]]:
+    """A parameter that is lent whole, by its Hugging Face name, which is the engine's own."""
+    return [(each.name, each.tensor.view(each.shard_shape))]

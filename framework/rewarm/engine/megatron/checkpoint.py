@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
@@ -71,7 +70,7 @@ def save(folder: Path, architecture: Architecture, chunks: Sequence[Decoder], op
         state["optimizer"] = moments
     state["rewarm"] = {"architecture": architecture.to_dict(), "optimizer": optimizer is not None}
     sharded, common = save_preprocess(state, preprocess_common_before_consistancy_check=_same_on_all_ranks)
-    _together(lambda: _write_common(common, folder) if dist.get_rank() == 0 else None)
+    ranks.on_main(lambda: _write_common(common, folder))
     flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)
     try:
         save_sharded(
@@ -81,21 +80,12 @@ def save(folder: Path, architecture: Architecture, chunks: Sequence[Decoder], op
         )
     except CheckpointException as failure:
         raise _first_failure(failure) from failure
-    _together(lambda: save_config(_FORMAT, str(folder)) if dist.get_rank() == 0 else None)
+    ranks.on_main(lambda: save_config(_FORMAT, str(folder)))
 
 
 def _same_on_all_ranks(common: dict[str, Any]) -> dict[str, Any]:
     """What all ranks agree on; the skeleton of the moments is only on the first rank of a data-parallel group."""
     return {"rewarm": common["rewarm"]}
-
-
-def _together(action: Callable[[], Any]) -> None:
-    error: Exception | None = None
-    try:
-        action()
-    except Exception as caught:
-        error = caught
-    ranks.raise_on_every_rank(error)
 
 
 def _write_common(common: dict[str, Any], folder: Path) -> None:
@@ -161,13 +151,12 @@ def load(
         UserError: if the folder is no such checkpoint, holds another model, lacks the optimizer's state, or holds
             values that are not finite.
     """
-    contents: list[dict[str, Any]] = []
-    _together(lambda: contents.append(_check(folder, architecture, moments)))
+    contents = ranks.on_every_rank(lambda: _check(folder, architecture, moments))
     state = _model_state(chunks)
     if moments:
         request = {**state, "optimizer": optimizer.sharded.sharded_state_dict(state, True, metadata=_metadata())}
     else:
-        request = _fp32_state(state, "optimizer.state.param." if contents[0]["optimizer"] else "")
+        request = _fp32_state(state, "optimizer.state.param." if contents["optimizer"] else "")
     error: Exception | None = None
     try:
         loaded = dist_checkpointing.load(request, str(folder), TensorsOnly())
@@ -184,7 +173,7 @@ def load(
             optimizer.apply_settings()
         else:
             _set_main_parameters(optimizer, [loaded[name] for name in state], chunks)
-    _together(lambda: _check_finite(folder, architecture, chunks, optimizer, moments=moments))
+    ranks.on_every_rank(lambda: _check_finite(folder, architecture, chunks, optimizer, moments=moments))
 
 
 def _extra_keys(chunk: Decoder) -> list[str]:

@@ -26,7 +26,8 @@ from rewarm.engine.megatron.overlap import Replica, forward_seconds
 from rewarm.engine.megatron.state import lend
 from rewarm.engine.megatron.transformer import Decoder, DecoderConfig, build_chunks, decoder_config
 from rewarm.engine.state import WEIGHT, StateTensor, lending
-from rewarm.model.architecture import Architecture, parameter_count
+from rewarm.model.architecture import Architecture
+from rewarm.model.tensors import tensor_shapes
 
 
 class MegatronEngine(Engine):
@@ -278,15 +279,13 @@ class MegatronEngine(Engine):
         """See :meth:`Engine.save_portable`."""
         from rewarm.engine.megatron.portable import save_portable
 
-        self._gather_parameters()
-        save_portable(folder, self.architecture, self.chunks, self._optimizer)
+        save_portable(folder, self, self._optimizer)
 
     def load_portable(self, folder: Path) -> None:
         """See :meth:`Engine.load_portable`."""
         from rewarm.engine.megatron.portable import load_portable
 
-        self._optimizer.finish()
-        load_portable(folder, self.architecture, self.chunks, self._optimizer)
+        load_portable(folder, self, self._optimizer)
 
     @contextmanager
     def state(self, kinds: Sequence[str] = (WEIGHT,), *, write: bool = False) -> Iterator[Iterator[StateTensor]]:
@@ -314,9 +313,9 @@ class MegatronEngine(Engine):
         device.set_rng_state(state["device"])
         tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
 
-    def parameter_count(self) -> int:
-        """See :meth:`Engine.parameter_count`."""
-        return parameter_count(self.architecture)
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """See :meth:`Engine.parameter_shapes`."""
+        return tensor_shapes(self.architecture)
 
     def any_rank(self, flag: bool) -> bool:
         """See :meth:`Engine.any_rank`."""

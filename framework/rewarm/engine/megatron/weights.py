@@ -198,18 +198,15 @@ def export_model(
 
 
 def _on_main(action: Callable[[], _T]) -> _T | None:
-    """What the action returns on rank 0, None elsewhere; what it raises, raised on every rank. Collective."""
-    value: _T | None = None
-    error: UserError | None = None
-    if dist.get_rank() == 0:
+    """What the action returns on rank 0; a file that cannot be written is the user's to see to. Collective."""
+
+    def attempt() -> _T:
         try:
-            value = action()
-        except UserError as problem:
-            error = problem
+            return action()
         except OSError as problem:
-            error = UserError(f"cannot write {problem.filename}: {problem.strerror or problem}", fix=_DISK)
-    ranks.raise_on_every_rank(error)
-    return value
+            raise UserError(f"cannot write {problem.filename}: {problem.strerror or problem}", fix=_DISK) from problem
+
+    return ranks.on_main(attempt)
 
 
 class _Sink:
