@@ -30,7 +30,8 @@ class StatelessOptimizer(torch.optim.Optimizer):
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
             owned = [parameter for parameter in group["params"] if parameter.grad is not None]
-            self.rule.update(group, owned, [parameter.grad for parameter in owned], [{}] * len(owned), 1.0)
+            if owned:  # stage 3 updates one sub-group at a time
+                self.rule.update(group, owned, [parameter.grad for parameter in owned], [{}] * len(owned), 1.0)
 
 
 class RuleOptimizer(torch.optim.AdamW):
