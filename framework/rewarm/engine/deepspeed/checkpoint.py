@@ -19,6 +19,7 @@ from rewarm.engine import ranks
 from rewarm.engine.deepspeed.buffers import write_buffers
 from rewarm.engine.deepspeed.partitions import Partitions
 from rewarm.engine.deepspeed.shards import Shards, place
+from rewarm.engine.deepspeed.state import lend
 from rewarm.engine.state import MOMENTS, WEIGHT
 from rewarm.errors import UserError, ensure
 from rewarm.files import parse_json
@@ -38,7 +39,7 @@ def save(
     """
     spans = {name: span for name, span in partitions.spans().items() if shards.answers_for(name)}
     moments = optimizer and partitions.has_moments
-    ranks.on_every_rank(lambda: _write_rank(folder / _rank_folder(rank), partitions, spans, moments))
+    ranks.on_every_rank(lambda: _write_rank(folder / _rank_folder(rank), partitions, shards, spans, moments))
     parts = ranks.gather({"tensor_rank": shards.rank, "spans": spans})
 
     def finish() -> None:
@@ -62,17 +63,18 @@ def _rank_folder(rank: int) -> str:
     return f"rank-{rank:05d}"
 
 
-def _write_rank(folder: Path, partitions: Partitions, spans: dict[str, tuple[int, int]], moments: bool) -> None:
+def _write_rank(
+    folder: Path, partitions: Partitions, shards: Shards, spans: dict[str, tuple[int, int]], moments: bool
+) -> None:
     folder.mkdir()
     kinds = (WEIGHT, *MOMENTS) if moments else (WEIGHT,)
     shapes = {f"{name}/{kind}": (length,) for name, (_, length) in spans.items() for kind in kinds}
     if not shapes:
         return
     writer = TensorWriter(folder, shapes, torch.float32)
-    for fragment in partitions.fragments(moments=moments, write=False):
-        if fragment.name in spans:
-            for kind in kinds:
-                writer.write(f"{fragment.name}/{kind}", fragment.tensors[kind])
+    for each in lend(partitions, shards, kinds, write=False):
+        if each.name in spans:
+            writer.write(each.key, each.tensor[each.owned])
     writer.close()
 
 

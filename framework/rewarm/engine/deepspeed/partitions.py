@@ -53,15 +53,14 @@ class Partitions(ABC):
         """Start and length of the fragment that this rank answers for, by parameter name; nothing is moved."""
 
     @abstractmethod
-    def fragments(self, *, moments: bool, write: bool, held: bool = False) -> Iterator[Fragment]:
-        """This rank's fragments one after the other, brought in from offload for as long as each is looked at.
+    def fragments(self, *, moments: bool, write: bool = False, change: bool = False) -> Iterator[Fragment]:
+        """All that this rank holds, one fragment after the other, brought in from offload for as long as each is looked
+        at. Other ranks may hold the same; :meth:`spans` says who answers for it.
 
         Args:
             moments: also give the moments, made of zeros where there are none yet.
-            write: all that is given will be replaced. What more than one rank holds is then given to each of them
-                whole.
-            held: give all that this rank holds, also what another one answers for, as it is; with ``write`` it may be
-                changed in part.
+            write: all that is given will be replaced.
+            change: what is given may be changed in part.
         """
 
     @abstractmethod
@@ -127,7 +126,7 @@ class Partitions(ABC):
         return state
 
     def _lend(
-        self, name: str, start: int, flat: Tensor, offset: int, length: int, *, moments: bool, write: bool, held: bool
+        self, name: str, start: int, flat: Tensor, offset: int, length: int, *, moments: bool, write: bool, change: bool
     ) -> Iterator[Fragment]:
         """A fragment that lies in a flat tensor from an offset on; offloaded state is put back after it was used."""
         views = {WEIGHT: flat.detach().view(-1).narrow(0, offset, length)}
@@ -139,7 +138,7 @@ class Partitions(ABC):
             return
         assert self.inner.offload is not None and self.inner.offload.inner is not None
         offloaded, place = self.inner.offload.inner, self.inner.place_of(flat)
-        if moments and write and not held:
+        if moments and write:
             # They will be replaced: parts of 8-bit moments are written one after the other, without a look at others.
             values = tuple(torch.zeros(length) for _ in MOMENTS)
         else:
@@ -147,7 +146,7 @@ class Partitions(ABC):
         if moments:
             views |= dict(zip(MOMENTS, values, strict=True))
         yield Fragment(name, start, views)
-        if write:
+        if write or change:
             offloaded.write(place, views[WEIGHT], values[0], values[1], start=offset)
 
 
@@ -171,14 +170,11 @@ class Replicated(Partitions):
                 found[name] = (start, stop - start)
         return found
 
-    def fragments(self, *, moments: bool, write: bool, held: bool = False) -> Iterator[Fragment]:
+    def fragments(self, *, moments: bool, write: bool = False, change: bool = False) -> Iterator[Fragment]:
         """See :meth:`Partitions.fragments`."""
-        spans = self.spans()
         for name, parameter in self.module.named_parameters():
-            start, length = (0, parameter.numel()) if write or held else spans.get(name, (0, 0))
-            if not length:
-                continue
-            yield from self._lend(name, start, parameter, start, length, moments=moments, write=write, held=held)
+            size = parameter.numel()
+            yield from self._lend(name, 0, parameter, 0, size, moments=moments, write=write, change=change)
 
     def weights_changed(self) -> None:
         """See :meth:`Partitions.weights_changed`: the fp32 parameters are the model's."""
@@ -208,7 +204,7 @@ class Flat(Partitions):
         """See :meth:`Partitions.spans`."""
         return {name: (m.lp_fragment_address.start, m.lp_fragment_address.numel) for name, m in self._owned()}
 
-    def fragments(self, *, moments: bool, write: bool, held: bool = False) -> Iterator[Fragment]:
+    def fragments(self, *, moments: bool, write: bool = False, change: bool = False) -> Iterator[Fragment]:
         """See :meth:`Partitions.fragments`."""
         flats = self._flats
         # In the order of the flat tensors, so that what is offloaded is brought in, and put back, once.
@@ -216,7 +212,9 @@ class Flat(Partitions):
         for name, mapping in owned:
             place = mapping.hp_fragment_address
             flat, start = flats[mapping.param_group_index], mapping.lp_fragment_address.start
-            yield from self._lend(name, start, flat, place.start, place.numel, moments=moments, write=write, held=held)
+            yield from self._lend(
+                name, start, flat, place.start, place.numel, moments=moments, write=write, change=change
+            )
 
     def weights_changed(self) -> None:
         """See :meth:`Partitions.weights_changed`."""
@@ -254,7 +252,7 @@ class Sharded(Partitions):
         spans = {name: self._span(parameter) for name, parameter in self.module.named_parameters()}
         return {name: span for name, span in spans.items() if span[1]}
 
-    def fragments(self, *, moments: bool, write: bool, held: bool = False) -> Iterator[Fragment]:
+    def fragments(self, *, moments: bool, write: bool = False, change: bool = False) -> Iterator[Fragment]:
         """See :meth:`Partitions.fragments`."""
         wrapper = self.wrapper
         for index, group in enumerate(wrapper.fp16_groups):
@@ -268,8 +266,8 @@ class Sharded(Partitions):
                 _, offset, _ = wrapper.grad_position[wrapper.get_param_id(parameter)]
                 flat = wrapper.fp32_partitioned_groups_flat[index]
                 name = self.names[id(parameter)]
-                yield from self._lend(name, start, flat, offset, length, moments=moments, write=write, held=held)
-            if swapped and write:
+                yield from self._lend(name, start, flat, offset, length, moments=moments, write=write, change=change)
+            if swapped and (write or change):
                 wrapper._optimizer_states_and_gradient_swap_out(index)
             elif swapped:
                 wrapper._release_swap_buffers(index)

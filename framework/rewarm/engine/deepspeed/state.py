@@ -25,7 +25,7 @@ def lend(partitions: Partitions, shards: Shards, kinds: Sequence[str], *, write:
     moments = any(kind != WEIGHT for kind in kinds)
     ensure(partitions.has_moments or not moments, "this update rule keeps no moments")
     spans = partitions.spans()
-    for fragment in partitions.fragments(moments=moments, write=write, held=True):
+    for fragment in partitions.fragments(moments=moments, change=write):
         name = fragment.name
         first, length = spans.get(name, (fragment.start, 0))
         begin = first - fragment.start
