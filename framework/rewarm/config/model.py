@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Self
 
 from pydantic import Field, model_validator
 
+from rewarm.config.registry import FAMILIES
 from rewarm.config.section import Section
 
 
-class ModelConfig(Section):
+class ModelBase(Section):
     """A Llama-style decoder: RMSNorm, SwiGLU, rotary positions, grouped-query attention."""
 
     num_layers: int = Field(4, gt=0)
@@ -37,14 +38,14 @@ class ModelConfig(Section):
     qkv_bias: bool = False
     """Add a bias to the query, key and value projections (Qwen2)."""
     qk_norm: bool = False
-    """Normalise queries and keys per head (Qwen3)."""
+    """Normalise queries and keys: per head (Qwen3) or over all heads together (OLMo 2)."""
     initializer_range: float = Field(0.02, gt=0)
     """Standard deviation of the initial weights; output projections are scaled by 1/sqrt(2 * num_layers)."""
-    family: Literal["llama", "mistral", "qwen2", "qwen3"] = "llama"
+    family: str = "llama"
     """Hugging Face architecture that an export is written as."""
 
     @model_validator(mode="after")
-    def _check_shape(self) -> ModelConfig:
+    def _check_shape(self) -> Self:
         heads, groups = self.num_attention_heads, self.num_key_value_heads or self.num_attention_heads
         if heads % groups:
             raise ValueError(f"num_attention_heads={heads} must be a multiple of num_key_value_heads={groups}")
@@ -53,3 +54,9 @@ class ModelConfig(Section):
                 f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={heads}; set head_dim"
             )
         return self
+
+
+if TYPE_CHECKING:
+    ModelConfig = ModelBase
+else:
+    ModelConfig = FAMILIES.section(ModelBase, "family")

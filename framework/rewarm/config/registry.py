@@ -202,6 +202,9 @@ def chosen_settings(registry: Registry[Any], section: Section, choice: str) -> S
     return given if given is not None else method.settings()
 
 
+FAMILIES: Registry[Any] = Registry("family", "model.family", "rewarm.model.families")
+"""Subclasses of :class:`rewarm.model.families.base.Family`, by transformers' ``model_type``."""
+
 MIXERS: Registry[Any] = Registry("mixer", "mixture.mixer", "rewarm.mixing.mixers")
 """Subclasses of :class:`rewarm.mixing.mixers.base.Mixer`."""
 

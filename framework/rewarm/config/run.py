@@ -15,7 +15,7 @@ from rewarm.config.mixture import MixtureConfig, ReplayConfig
 from rewarm.config.model import ModelConfig
 from rewarm.config.offload import OffloadConfig, check_offload
 from rewarm.config.paths import PathText
-from rewarm.config.registry import MIXERS, OPTIMIZERS, SCHEDULES, Registry
+from rewarm.config.registry import FAMILIES, MIXERS, OPTIMIZERS, SCHEDULES, Registry
 from rewarm.config.section import MOST_TOKENS, Duration, Section, parse_duration, resolve_duration
 from rewarm.config.training import (
     BatchConfig,
@@ -191,7 +191,12 @@ class RunConfig(Section):
         return tokens // self.tokens_per_step
 
 
-CHOICES: dict[str, Registry[Any]] = {"mixture": MIXERS, "optimizer": OPTIMIZERS, "schedule": SCHEDULES}
+CHOICES: dict[str, Registry[Any]] = {
+    "model": FAMILIES,
+    "mixture": MIXERS,
+    "optimizer": OPTIMIZERS,
+    "schedule": SCHEDULES,
+}
 """The section of each field that chooses a method by name."""
 
 
@@ -202,11 +207,13 @@ def run_schema() -> type[RunConfig]:
 
 @cache
 def _schema_of(sections: tuple[type[Section], ...]) -> type[RunConfig]:
-    changed: dict[str, Any] = {
-        name: (section, section())
-        for name, section in zip(CHOICES, sections, strict=True)
-        if section is not RunConfig.model_fields[name].annotation
-    }
+    changed: dict[str, Any] = {}
+    for name, section in zip(CHOICES, sections, strict=True):
+        annotation = RunConfig.model_fields[name].annotation
+        if annotation == section | None:
+            continue
+        if annotation is not section:
+            changed[name] = (section | None, None) if name == "model" else (section, section())
     return create_model("RunConfig", __base__=RunConfig, **changed) if changed else RunConfig
 
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from rewarm.config.model import ModelConfig
+from rewarm.config.registry import FAMILIES
 from rewarm.errors import UserError
+from rewarm.model.families.base import family_of
 
-Family = Literal["llama", "mistral", "qwen2", "qwen3"]
+if TYPE_CHECKING:
+    from rewarm.config.model import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
     """Everything that decides a model's function apart from its weights."""
 
-    family: Family
+    family: str
+    """Name of a registered :class:`~rewarm.model.families.base.Family`."""
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
@@ -89,30 +92,24 @@ def check_family(architecture: Architecture) -> None:
     Raises:
         UserError: naming the two settings that contradict each other.
     """
-    family = architecture.family
-    for name, value, owner in (
-        ("qkv_bias", architecture.qkv_bias, "qwen2"),
-        ("qk_norm", architecture.qk_norm, "qwen3"),
+    family = family_of(architecture)
+    for setting, value, has in (
+        ("qkv_bias", architecture.qkv_bias, lambda page: page.has_qkv_bias()),
+        ("qk_norm", architecture.qk_norm, lambda page: page.qk_norm() != "none"),
     ):
-        if value != (family == owner):
+        if value != has(family):
+            owners = [method.name for method in FAMILIES.methods() if has(method.target)]
             raise UserError(
-                f"model.{name}={str(value).lower()} cannot be written as model.family={family}",
-                fix=f"family {owner} has {name}=true, every other family {name}=false",
+                f"model.{setting}={str(value).lower()} cannot be written as model.family={architecture.family}",
+                fix=f"{setting} is true in {', '.join(owners)} and false in every other family",
             )
-    if family == "llama" and architecture.hidden_size % architecture.num_attention_heads:
-        raise UserError(
-            f"model.family=llama needs hidden_size={architecture.hidden_size} to be a multiple of "
-            f"num_attention_heads={architecture.num_attention_heads}",
-            fix="choose model.family=mistral, which takes any head_dim, or change the sizes",
-        )
+    family.check_architecture(architecture)
 
 
 def parameter_count(architecture: Architecture) -> int:
     """Parameters of the whole model, without padded vocabulary rows; a tied embedding counts once."""
-    a = architecture
-    query, group = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
-    attention = a.hidden_size * (query + 2 * group) + query * a.hidden_size
-    attention += (query + 2 * group) * a.qkv_bias + 2 * a.head_dim * a.qk_norm
-    layer = attention + 3 * a.hidden_size * a.ffn_hidden_size + 2 * a.hidden_size
-    embeddings = a.vocab_size * a.hidden_size * (1 if a.tie_embeddings else 2)
-    return a.num_layers * layer + embeddings + a.hidden_size
+    table = architecture.vocab_size * architecture.hidden_size
+    layer = family_of(architecture).layer_parameters(architecture)
+    return (
+        (1 if architecture.tie_embeddings else 2) * table + architecture.num_layers * layer + architecture.hidden_size
+    )

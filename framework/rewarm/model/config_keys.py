@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rewarm.config.registry import FAMILIES
 from rewarm.errors import UserError
 
 
@@ -147,12 +148,6 @@ FEATURES: dict[str, Feature] = {
 }
 """Keys that change what some model of the Llama kind computes, by name."""
 
-_OF_FAMILY: dict[str, list[str]] = {
-    "qwen2": _words("attention_bias qkv_bias use_qkv_bias add_qkv_bias attention_qkv_bias"),
-    "qwen3": _words("use_qk_norm qk_norm qk_layernorm"),
-}
-"""What a family always has, and may say of itself."""
-
 
 def unsupported(key: str, value: Any, family: str) -> Feature | None:
     """What a key asks for that is not computed here; None if it asks for nothing.
@@ -165,7 +160,7 @@ def unsupported(key: str, value: Any, family: str) -> Feature | None:
     if key in HONOURED or key in _WITHOUT_EFFECT:
         return None
     if key in FEATURES:
-        if value is True and key in _OF_FAMILY.get(family, ()):
+        if value is True and key in FAMILIES[family].target.own_keys:
             return None
         return None if _is_off(value, FEATURES[key].off) or _all_layers_turn(key, value) else FEATURES[key]
     if value is not None and key in read_by_transformers(family):

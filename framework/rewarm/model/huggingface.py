@@ -1,4 +1,4 @@
-"""``config.json`` of Llama, Mistral, Qwen2 and Qwen3 to :class:`Architecture` and back, without transformers.
+"""``config.json`` of the registered families to :class:`Architecture` and back, without transformers.
 
 Keys that shape the model are honoured; those by which it computes something that nothing here does are refused, all
 at once, unless they are switched off (:mod:`rewarm.model.config_keys`); all others are kept for the export.
@@ -9,24 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
+from rewarm.config.registry import FAMILIES
 from rewarm.errors import UserError
-from rewarm.model.architecture import Architecture, Family, check_family
+from rewarm.model.architecture import Architecture, check_family
 from rewarm.model.config_keys import causal_language_models, unsupported
 from rewarm.model.config_values import Values, shown
+from rewarm.model.families.base import Family, family_of
 from rewarm.model.rope import SCALING_KEYS
-
-ARCHITECTURES: dict[str, str] = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-"""transformers' class of each family."""
-
-POSITIONS: dict[Family, int] = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
-"""What transformers takes for max_position_embeddings where it is not given."""
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -65,16 +56,13 @@ def architecture_from_huggingface(folder: str | Path) -> Architecture:
 def architecture_from_values(values: Mapping[str, Any], source: str) -> Architecture:
     """As :func:`architecture_from_huggingface`, from parsed values; ``source`` names them in messages."""
     config = Values(values, source)
-    family = _family(config)
-    _check_keys(config, family)
+    name, family = _family(config)
+    _check_keys(config, name)
     _check_windows(config, family)
-    theta, scaling = _rope(config, family)
-    config.check(family)
+    theta, scaling = _rope(config, name)
+    config.check(name)
     heads, hidden = config.count("num_attention_heads"), config.count("hidden_size")
-    if family == "qwen3" and config.get("head_dim") is None:
-        raise config.refusal("head_dim", "is missing", "write the width of one head into config.json")
-    if family != "llama" and "num_key_value_heads" not in values:
-        raise config.refusal("num_key_value_heads", "is missing", "write the number of key heads into config.json")
+    family.check_config(config)
     if hidden % heads and config.get("head_dim") is None:
         raise UserError(f"{source}: hidden_size={hidden} is not a multiple of num_attention_heads={heads}")
     groups = config.count("num_key_value_heads", default=heads)
@@ -84,7 +72,7 @@ def architecture_from_values(values: Mapping[str, Any], source: str) -> Architec
     if head_dim % 2:
         raise config.refusal("head_dim", f"= {head_dim} is odd", "rotary positions need an even width")
     return Architecture(
-        family=family,
+        family=name,
         num_layers=config.count("num_hidden_layers"),
         hidden_size=hidden,
         ffn_hidden_size=config.count("intermediate_size"),
@@ -94,10 +82,10 @@ def architecture_from_values(values: Mapping[str, Any], source: str) -> Architec
         vocab_size=config.count("vocab_size"),
         max_position_embeddings=_positions(config, family),
         rope_theta=theta,
-        norm_epsilon=config.number("rms_norm_eps", default=1e-6),
+        norm_epsilon=config.number("rms_norm_eps", default=family.default_norm_epsilon),
         tie_embeddings=config.flag("tie_word_embeddings"),
-        qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
+        qkv_bias=family.has_qkv_bias(),
+        qk_norm=family.qk_norm() != "none",
         initializer_range=config.number("initializer_range", default=0.02),
         rope_scaling=scaling,
         huggingface_config=dict(values),
@@ -125,7 +113,7 @@ def config_for_huggingface(
     original = architecture.huggingface_config or {}
     config = {key: value for key, value in original.items() if key not in ("rope_parameters", "dtype")}
     config |= {
-        "architectures": [ARCHITECTURES[architecture.family]],
+        "architectures": [family_of(architecture).huggingface_class],
         "model_type": architecture.family,
         "vocab_size": architecture.vocab_size,
         "hidden_size": architecture.hidden_size,
@@ -142,35 +130,32 @@ def config_for_huggingface(
         "rope_scaling": architecture.rope_scaling,
         "torch_dtype": dtype,
     }
-    usual = architecture.hidden_size // architecture.num_attention_heads
-    if architecture.family == "qwen3" or "head_dim" in original or architecture.head_dim != usual:
-        config["head_dim"] = architecture.head_dim
-    if architecture.family == "mistral":
-        config.setdefault("sliding_window", None)  # transformers' default for a missing key is 4096
+    config |= family_of(architecture).written(architecture, original)
     if not original:
         config |= {"bos_token_id": None, "eos_token_id": None}  # the defaults are ids of the Llama 2 tokenizer
     return config | dict(extra or {})
 
 
-def _family(config: Values) -> Family:
-    family = config.get("model_type")
-    if family not in get_args(Family):
-        raise config.refusal("model_type", f"= {shown(family)} is not supported", _advice(family, config))
-    classes = config.get("architectures")
-    expected = ARCHITECTURES[family]
+def _family(config: Values) -> tuple[str, type[Family]]:
+    """The name and the page of the family that a config.json names."""
+    name = config.get("model_type")
+    if name not in FAMILIES:
+        raise config.refusal("model_type", f"= {shown(name)} is not supported", _advice(name, config))
+    family: type[Family] = FAMILIES[name].target
+    classes, expected = config.get("architectures"), family.huggingface_class
     # The first folders of Llama call it LLaMAForCausalLM.
-    if classes is not None and [str(name).lower() for name in classes] != [expected.lower()]:
+    if classes is not None and [str(each).lower() for each in classes] != [expected.lower()]:
         raise config.refusal(
             "architectures",
-            f"= {shown(classes)} is not supported with model_type={family}",
+            f"= {shown(classes)} is not supported with model_type={name}",
             f"only the causal language model {expected} can be continued",
         )
-    return family
+    return name, family
 
 
 def _advice(model_type: Any, config: Values) -> str:
     """What to do with a family that is not mapped."""
-    mapped = f"engine=megatron knows {', '.join(get_args(Family))}"
+    mapped = f"engine=megatron knows {', '.join(FAMILIES)}"
     if model_type in causal_language_models():
         return f"set engine=deepspeed, which runs it; {mapped}"
     if config.get("auto_map"):
@@ -178,7 +163,7 @@ def _advice(model_type: Any, config: Values) -> str:
     return f"the installed transformers has no causal language model of this type; {mapped}"
 
 
-def _check_keys(config: Values, family: Family) -> None:
+def _check_keys(config: Values, family: str) -> None:
     if config.get("hidden_act") not in (None, "silu", "swish"):
         config.unsupported("hidden_act", "only silu, as SwiGLU, is computed here")
     for key, value in config.values.items():
@@ -187,22 +172,12 @@ def _check_keys(config: Values, family: Family) -> None:
             config.unsupported(key, f"{feature.what}: not computed here")
 
 
-def _check_windows(config: Values, family: Family) -> None:
+def _check_windows(config: Values, family: type[Family]) -> None:
     """Find attention that does not reach back over the whole sequence."""
     layer_types = config.get("layer_types")
     if layer_types is not None and (not isinstance(layer_types, list) or set(layer_types) - {"full_attention"}):
         config.unsupported("layer_types", "only full_attention is computed here")
-    window = config.get("sliding_window")
-    if family in ("qwen2", "qwen3"):
-        # transformers looks at the layers' types where they are given, else at how many layers come before the window.
-        if layer_types or not config.flag("use_sliding_window"):
-            return
-        window = config.count("sliding_window", default=4096) if "sliding_window" not in config.values else window
-        if config.count("max_window_layers", default=28, minimum=0) >= config.count("num_hidden_layers"):
-            return
-    elif family == "mistral" and "sliding_window" not in config.values:
-        window = 4096  # what transformers takes for a missing key
-    longest = _positions(config, family)
+    window, longest = family.window(config), _positions(config, family)
     if window is None or window is False:
         return
     if isinstance(window, bool) or not isinstance(window, int) or window < 0:
@@ -218,11 +193,11 @@ def _check_windows(config: Values, family: Family) -> None:
     )
 
 
-def _positions(config: Values, family: Family) -> int:
-    return config.count("max_position_embeddings", default=POSITIONS[family])
+def _positions(config: Values, family: type[Family]) -> int:
+    return config.count("max_position_embeddings", default=family.default_positions)
 
 
-def _rope(config: Values, family: Family) -> tuple[float, dict[str, Any] | None]:
+def _rope(config: Values, family: str) -> tuple[float, dict[str, Any] | None]:
     """Base of the rotary frequencies and their scaling, from the spelling of version 4, of version 5 or of both."""
     old, new = config.get("rope_scaling"), config.get("rope_parameters")
     given = {key: value for key, value in (("rope_scaling", old), ("rope_parameters", new)) if value}
@@ -242,7 +217,7 @@ def _rope(config: Values, family: Family) -> tuple[float, dict[str, Any] | None]
     return (thetas.pop() if thetas else 10000.0), (scalings[0] if scalings else None)
 
 
-def _scaling(config: Values, key: str, family: Family) -> dict[str, Any] | None:
+def _scaling(config: Values, key: str, family: str) -> dict[str, Any] | None:
     """The kind of scaling with the numbers that it takes; transformers passes over others."""
     values = {name: value for name, value in config.get(key).items() if name != "rope_theta"}
     kinds = {values.pop(name) for name in ("rope_type", "type") if values.get(name) is not None} or {"default"}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from rewarm.errors import UserError
 from rewarm.model.architecture import Architecture
+from rewarm.model.families.base import family_of
 from rewarm.model.safetensors_io import TensorFolder
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ class TensorReader(Protocol):
     """Whatever has the tensors of a model by their Hugging Face names."""
 
     def read(self, name: str, rows: slice = slice(None), columns: slice | None = None) -> torch.Tensor:
-        """See :meth:`rewarm.model.safetensors_io.TensorFolder.read`."""
+        """A block of one tensor, in the type it is stored in; None as ``columns`` means all of them."""
 
 
 def layer_prefix(layer: int) -> str:
@@ -33,31 +34,12 @@ def layer_prefix(layer: int) -> str:
 def tensor_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """Every tensor of the model by its Hugging Face name; tied models have no output layer of their own."""
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (architecture.vocab_size, architecture.hidden_size)}
+    tensors = family_of(architecture).tensors
     for layer in range(architecture.num_layers):
-        for name, shape in _layer_shapes(architecture).items():
-            shapes[layer_prefix(layer) + name] = shape
+        shapes |= {layer_prefix(layer) + tensor.name: tensor.dimensions(architecture) for tensor in tensors}
     shapes[FINAL_NORM] = (architecture.hidden_size,)
     if not architecture.tie_embeddings:
         shapes[OUTPUT] = (architecture.vocab_size, architecture.hidden_size)
-    return shapes
-
-
-def _layer_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    hidden, ffn, head = architecture.hidden_size, architecture.ffn_hidden_size, architecture.head_dim
-    queries, keys = architecture.num_attention_heads * head, architecture.num_key_value_heads * head
-    shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (hidden,)}
-    for name, rows in (("q", queries), ("k", keys), ("v", keys)):
-        shapes[f"self_attn.{name}_proj.weight"] = (rows, hidden)
-        if architecture.qkv_bias:
-            shapes[f"self_attn.{name}_proj.bias"] = (rows,)
-    shapes["self_attn.o_proj.weight"] = (hidden, queries)
-    if architecture.qk_norm:
-        shapes["self_attn.q_norm.weight"] = (head,)
-        shapes["self_attn.k_norm.weight"] = (head,)
-    shapes["post_attention_layernorm.weight"] = (hidden,)
-    shapes["mlp.gate_proj.weight"] = (ffn, hidden)
-    shapes["mlp.up_proj.weight"] = (ffn, hidden)
-    shapes["mlp.down_proj.weight"] = (hidden, ffn)
     return shapes
 
 

@@ -13,6 +13,7 @@ from typing import assert_never
 from rewarm.config.run import RunConfig
 from rewarm.errors import UserError
 from rewarm.model.architecture import Architecture
+from rewarm.model.families.base import family_of
 from rewarm.model.layout import Layout
 from rewarm.offload.planning.routes import Job
 from rewarm.planner.cluster import Cluster
@@ -123,9 +124,7 @@ def state_on_device(config: RunConfig, share: int, param_bytes: int) -> int:
 def stage_parameters(config: RunConfig, a: Architecture, layout: Layout, stage: int) -> int:
     """Parameters on a rank of a pipeline stage, rows that pad the vocabulary included."""
     h, t = a.hidden_size, layout.tensor
-    query, group = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
-    split = h * (query + 2 * group) + query * h + 3 * h * a.ffn_hidden_size + (query + 2 * group) * a.qkv_bias
-    count = a.num_layers // layout.pipeline * (split // t + 2 * h + 2 * a.head_dim * a.qk_norm)
+    count = a.num_layers // layout.pipeline * family_of(a).layer_parameters(a, t)
     table = a.padded_vocab_size(config.megatron.vocab_divisor, t) // t * h
     first, last = stage == 0, stage == layout.pipeline - 1
     # A tied embedding is one tensor only where the first stage is the last.

@@ -97,13 +97,6 @@ def half_of(config: RunConfig) -> bool:
     return bool(deepspeed_json(config, 1)["bf16"]["enabled"])
 
 
-def family_of(config: RunConfig) -> str:
-    from rewarm.model.huggingface import ARCHITECTURES
-
-    assert config.model is not None
-    return ARCHITECTURES[config.model.family]
-
-
 def placement_of(config: RunConfig) -> str:
     from rewarm.offload.planning.plan import plan
     from rewarm.offload.planning.routes import Job, Machine
@@ -207,10 +200,6 @@ SELECTED: dict[str, list[tuple[Callable[[RunConfig], Any], dict[str, Any]]]] = {
     ],
     "optimizer_state": [(lambda config: config.keeps_optimizer_state, {"reset": False, "keep": True})],
     "activation_recomputation": [(lambda config: config.recomputes_activations, {"none": False, "full": True})],
-    "model.family": [
-        (family_of, {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
-                     "qwen3": "Qwen3ForCausalLM"}),
-    ],
     "offload.mode": [
         (placement_of, {"auto": "resident", "none": "resident", "cpu": "zero_offload", "streamed": "streamed",
                         "twinflow": "twinflow", "deep_optimizer_states": "deep_optimizer_states (k=2)",

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from rewarm.config.load import build, dump
-from rewarm.config.registry import MIXERS, SCHEDULES, SHAPES, Registry
+from rewarm.config.registry import FAMILIES, MIXERS, SCHEDULES, SHAPES, Registry
 from rewarm.config.run import CHOICES, RunConfig, run_schema
 from rewarm.config.section import Section
 from rewarm.errors import UserError
 from rewarm.mixing.mixers.build import build_mixer
+from rewarm.model.families.base import Family
 from rewarm.schedule.learning_rate import LearningRate
 
 NEEDED: dict[str, dict[str, Any]] = {
@@ -67,7 +68,8 @@ def test_every_decay_shape_of_the_schema_meets_its_ends(name: str) -> None:
 def test_the_schema_offers_what_is_registered_and_nothing_else(field: str) -> None:
     """A name that is only in the schema has nothing behind it, and would fall through."""
     registry = CHOICES[field]
-    section = typing.cast(type[Section], RunConfig.model_fields[field].annotation)
+    annotation = RunConfig.model_fields[field].annotation
+    section = typing.cast(type[Section], (typing.get_args(annotation) or (annotation,))[0])
     choice = registry.setting.rpartition(".")[2]
     assert set(typing.get_args(section.model_fields[choice].annotation)) == set(registry)
     for method in registry.methods():
@@ -138,6 +140,18 @@ def test_an_extension_is_chosen_like_a_built_in_method(extension: Path) -> None:
     assert type(mixer).__name__ == "MineMixer" and mixer.share == 0.7  # type: ignore[attr-defined]
     with pytest.raises(UserError, match=r"unknown setting mixture.mine.shar; did you mean mixture.mine.share"):
         stage(extensions=["my_mixers"], mixture={"mixer": "mine", "mine": {"shar": 0.7}})
+
+
+def test_a_family_of_an_extension_is_chosen_like_a_built_in_one() -> None:
+    FAMILIES.register("mine")(type("Mine", (Family,), {"__module__": "mine", "__doc__": "A family."}))
+    try:
+        config = stage(model={"family": "mine"})
+        assert config.model is not None and config.model.family == "mine"
+        assert stage(model=None, parent="there").model is None
+    finally:
+        del FAMILIES._methods["mine"]
+    with pytest.raises(UserError, match="model.family"):
+        stage(model={"family": "mine"})
 
 
 def test_the_resolved_configuration_names_the_file_by_its_digest(extension: Path) -> None:

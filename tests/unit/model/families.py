@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from rewarm.config.registry import FAMILIES
+
 VOCAB_SIZE = 301
 """Prime to every padding divisor, so that padded rows exist on every layout."""
 SHARED = {
@@ -28,12 +30,21 @@ LLAMA3_SCALING = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-NAMES = ("llama2", "llama3", "mistral", "qwen2", "qwen2_tied", "qwen3")
+NAMES = (
+    "llama2",
+    "llama3",
+    "mistral",
+    "qwen2",
+    "qwen2_tied",
+    "qwen3",
+    *sorted(set(FAMILIES) - {"llama", "mistral", "qwen2", "qwen3"}),
+)
+"""Models to build; a family that needs no setting of its own is one of them by being registered."""
 
 
 def transformers_config(name: str) -> Any:
     """The configuration object of one of :data:`NAMES`."""
-    from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+    from transformers import CONFIG_MAPPING, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
     def theta(value: float, **scaling: Any) -> dict[str, Any]:
         return {"rope_parameters": {"rope_type": "default", "rope_theta": value, **scaling}}
@@ -46,7 +57,9 @@ def transformers_config(name: str) -> Any:
         return MistralConfig(**SHARED, **theta(1e6), sliding_window=None, head_dim=24)
     if name == "qwen3":
         return Qwen3Config(**SHARED, **theta(1e6), head_dim=32)
-    return Qwen2Config(**SHARED, tie_word_embeddings=name == "qwen2_tied")
+    if name in ("qwen2", "qwen2_tied"):
+        return Qwen2Config(**SHARED, tie_word_embeddings=name == "qwen2_tied")
+    return CONFIG_MAPPING[name](**SHARED, **theta(5e5), pad_token_id=None)
 
 
 def save_model(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB") -> Any:

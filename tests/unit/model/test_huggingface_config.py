@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from rewarm.config.model import ModelConfig
+from rewarm.config.registry import FAMILIES
 from rewarm.errors import UserError
 from rewarm.model.architecture import Architecture
 from rewarm.model.huggingface import (
@@ -28,6 +29,11 @@ LLAMA = {
 MISTRAL = {**LLAMA, "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
 QWEN2 = {**LLAMA, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
 QWEN3 = {**LLAMA, "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 16}
+OTHERS = [
+    {**LLAMA, "model_type": name, "architectures": [FAMILIES[name].target.huggingface_class]}
+    for name in sorted(set(FAMILIES) - {"llama", "mistral", "qwen2", "qwen3"})
+]
+"""Of families that need no key of their own."""
 
 
 def _transformers_view(folder: Path) -> dict[str, Any]:
@@ -50,8 +56,7 @@ def _bare(values: dict[str, Any], *drop: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", NAMES)
 def test_shape_agrees_with_transformers(name: str, tmp_path: Path) -> None:
     config = transformers_config(name)
-    config.architectures = ["Mistral" if name == "mistral" else name[:5].capitalize()]
-    config.architectures = [config.architectures[0] + "ForCausalLM"]
+    config.architectures = [FAMILIES[config.model_type].target.huggingface_class]
     config.save_pretrained(tmp_path)
     found = architecture_from_huggingface(tmp_path)
     assert found.num_layers == config.num_hidden_layers
@@ -65,14 +70,13 @@ def test_shape_agrees_with_transformers(name: str, tmp_path: Path) -> None:
     assert found.norm_epsilon == config.rms_norm_eps
     assert found.tie_embeddings == config.tie_word_embeddings
     assert found.rope_scaling == (LLAMA3_SCALING if name == "llama3" else None)
-    assert (found.qkv_bias, found.qk_norm) == (name.startswith("qwen2"), name == "qwen3")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_exported_config_means_the_same_to_transformers(name: str, tmp_path: Path) -> None:
     config = transformers_config(name)
-    family = {"llama2": "Llama", "llama3": "Llama", "mistral": "Mistral", "qwen3": "Qwen3"}.get(name, "Qwen2")
-    config.architectures, config.dtype = [f"{family}ForCausalLM"], "float32"
+    family = FAMILIES[config.model_type].target
+    config.architectures, config.dtype = [family.huggingface_class], "float32"
     config.save_pretrained(tmp_path / "before")
     architecture = architecture_from_huggingface(tmp_path / "before")
     _write(tmp_path / "after", config_for_huggingface(architecture, "float32"))
@@ -80,7 +84,7 @@ def test_exported_config_means_the_same_to_transformers(name: str, tmp_path: Pat
     assert architecture_from_huggingface(tmp_path / "after") == architecture
 
 
-@pytest.mark.parametrize("values", [LLAMA, MISTRAL, QWEN2, QWEN3], ids=lambda v: v["model_type"])
+@pytest.mark.parametrize("values", [LLAMA, MISTRAL, QWEN2, QWEN3, *OTHERS], ids=lambda v: v["model_type"])
 @pytest.mark.parametrize(
     "key", ["rms_norm_eps", "rope_theta", "tie_word_embeddings", "initializer_range", "head_dim", "hidden_act"]
 )

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from rewarm.config.registry import FAMILIES
 from rewarm.errors import UserError
 from rewarm.model.config_keys import (
     FEATURES,
@@ -17,8 +18,8 @@ from rewarm.model.config_keys import (
     unsupported,
 )
 from rewarm.model.description import describe
-from rewarm.model.huggingface import ARCHITECTURES, POSITIONS, architecture_from_values, config_for_huggingface
-from unit.model.families import transformers_config
+from rewarm.model.huggingface import architecture_from_values, config_for_huggingface
+from unit.model.families import NAMES, transformers_config
 from unit.model.test_huggingface_config import LLAMA, MISTRAL, QWEN2, QWEN3
 
 ALL = [json.loads(line) for line in (Path(__file__).parent / "published_configs.jsonl").read_text().splitlines()]
@@ -35,7 +36,9 @@ def _theirs(values: dict[str, Any]) -> Any:
 def test_there_are_as_many_as_it_takes() -> None:
     assert len(TAKEN) >= 40
     assert len(REFUSED) >= 20
-    assert {values["model_type"] for values in TAKEN.values()} == set(ARCHITECTURES)
+    assert (
+        {values["model_type"] for values in TAKEN.values()} == {"llama", "mistral", "qwen2", "qwen3"} <= set(FAMILIES)
+    )
 
 
 @pytest.mark.parametrize("source", TAKEN)
@@ -72,7 +75,7 @@ def test_what_is_not_computed_is_refused_with_every_key_that_asks_for_it(source:
     for key in keys:
         assert f"{key} = " in caught.value.message, key
     assert caught.value.fix
-    if values["model_type"] not in ARCHITECTURES and values["model_type"] in causal_language_models():
+    if values["model_type"] not in FAMILIES and values["model_type"] in causal_language_models():
         assert "set engine=deepspeed, which runs it" in caught.value.fix
     describe(tmp_path, "deepspeed")
 
@@ -148,7 +151,7 @@ def test_a_base_of_positions_that_is_no_number_is_refused(theta: Any) -> None:
         architecture_from_values({**LLAMA, "rope_theta": theta}, "x")
 
 
-@pytest.mark.parametrize("name", ["llama2", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("llama3", "qwen2_tied")])
 def test_every_key_that_transformers_reads_is_known(name: str) -> None:
     """By its source, and by watching what it reads while a model is built and run."""
     import torch
@@ -181,7 +184,7 @@ def test_every_key_that_transformers_reads_is_known(name: str) -> None:
 
     of_the_family = {key for key in read if not hasattr(PretrainedConfig(), key) and hasattr(plain(), key)}
     assert of_the_family <= read_by_transformers(family) | {"initializer_range", "tie_word_embeddings"}
-    assert POSITIONS[family] == plain().max_position_embeddings
+    assert FAMILIES[family].target.default_positions == plain().max_position_embeddings
 
 
 def test_an_unknown_key_of_a_newer_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, assert_never
+from typing import Any, TypeVar, assert_never
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from megatron.core import parallel_state
 from rewarm.engine import ranks
 from rewarm.errors import UserError, ensure
 from rewarm.model.architecture import Architecture
+from rewarm.model.families.base import Split, family_of
 from rewarm.model.files import carry_files, written_aside
 from rewarm.model.huggingface import config_for_huggingface
 from rewarm.model.safetensors_io import BROKEN_FOLDER, BROKEN_MODEL, TensorFolder, TensorWriter, check_finite
@@ -42,30 +43,12 @@ _DISK = "check the permissions and the free space"
 SetMain = Callable[[torch.nn.Parameter, torch.Tensor], None]
 """Takes a local parameter and its values, fp32 [as the parameter], for the optimizer."""
 
-_Split = Literal["whole", "vocabulary", "columns", "qkv", "gate_up"]
-
-_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_LAYER: dict[str, tuple[_Split, tuple[str, ...]]] = {
-    "input_layernorm.weight": ("whole", ("input_layernorm.weight",)),
-    "self_attention.linear_qkv.layer_norm_weight": ("whole", ("input_layernorm.weight",)),
-    "self_attention.linear_qkv.weight": ("qkv", tuple(f"{name}.weight" for name in _QKV)),
-    "self_attention.linear_qkv.bias": ("qkv", tuple(f"{name}.bias" for name in _QKV)),
-    "self_attention.q_layernorm.weight": ("whole", ("self_attn.q_norm.weight",)),
-    "self_attention.k_layernorm.weight": ("whole", ("self_attn.k_norm.weight",)),
-    "self_attention.linear_proj.weight": ("columns", ("self_attn.o_proj.weight",)),
-    "pre_mlp_layernorm.weight": ("whole", ("post_attention_layernorm.weight",)),
-    "mlp.linear_fc1.layer_norm_weight": ("whole", ("post_attention_layernorm.weight",)),
-    "mlp.linear_fc1.weight": ("gate_up", ("mlp.gate_proj.weight", "mlp.up_proj.weight")),
-    "mlp.linear_fc2.weight": ("columns", ("mlp.down_proj.weight",)),
-}
-"""Megatron's names inside a layer; Transformer Engine's fused modules keep their norms under other names."""
-
 
 @dataclass(frozen=True, slots=True)
 class Place:
     """What one Megatron parameter is made of, and how it is cut over the tensor ranks."""
 
-    split: _Split
+    split: Split
     names: tuple[str, ...]
 
 
@@ -388,8 +371,9 @@ def _place(chunk: Any, name: str, architecture: Architecture) -> Place:
     if name == "decoder.final_layernorm.weight":
         return Place("whole", (FINAL_NORM,))
     match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
-    assert match is not None and match.group(2) in _LAYER, f"no Hugging Face tensor is known for parameter {name}"
-    split, names = _LAYER[match.group(2)]
+    known = family_of(architecture).parameters()
+    assert match is not None and match.group(2) in known, f"no Hugging Face tensor is known for parameter {name}"
+    split, names = known[match.group(2)]
     prefix = layer_prefix(chunk.decoder.layers[int(match.group(1))].layer_number - 1)
     return Place(split, tuple(prefix + part for part in names))
 
