@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from rewarm.config.load import build
+from rewarm.engine.base import Batch
 from rewarm.engine.build import build_engine
 from rewarm.engine.megatron.engine import MegatronEngine
 from rewarm.errors import UserError
@@ -60,6 +61,16 @@ def round_trips(
             measured[name] = {"losses": engine.evaluate(tokens, 2), "logits": logits}
             engine.export_huggingface(output / name, tokenizer=root / name, dtype=dtype)
     return measured
+
+
+def one_step(folder: Path, output: Path, settings: dict[str, Any], tokens: np.ndarray, learning_rate: float) -> float:
+    """Import a folder, take one step on the windows, and export what it makes of the weights; the gradient norm."""
+    with _engine(folder, settings) as engine:
+        engine.import_huggingface(folder)
+        mine = tokens[engine.data_parallel_rank :: engine.data_parallel_size]
+        result = engine.train_step(Batch(mine, np.zeros(len(mine), dtype=np.int64)), learning_rate)
+        engine.export_huggingface(output, tokenizer=None, dtype="float32")
+        return result.grad_norm
 
 
 def with_another_theta(folder: Path, settings: dict[str, Any], tokens: np.ndarray) -> np.ndarray:

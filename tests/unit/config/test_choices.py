@@ -131,11 +131,14 @@ def attention_options(config: RunConfig) -> str | None:
 
 def core_attention(config: RunConfig) -> str:
     from rewarm.engine.megatron import attention
-    from rewarm.engine.megatron.transformer import layer_spec
+    from rewarm.engine.megatron.transformer import decoder_config, layer_spec
     from rewarm.errors import UserError
+    from rewarm.model.architecture import Architecture
 
+    assert config.model is not None
+    architecture = Architecture.from_config(config.model, 100)
     try:
-        spec = layer_spec(config.megatron.attention, False)
+        spec = layer_spec(config.megatron.attention, architecture, decoder_config(config, architecture))
     except UserError as error:
         return error.message.partition(",")[0]
     core = spec.submodules.self_attention.submodules.core_attention

@@ -20,6 +20,7 @@ from megatron.core.tensor_parallel.layers import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -31,10 +32,11 @@ from rewarm.engine import device
 from rewarm.engine.megatron.activation import SwiGLU
 from rewarm.engine.megatron.attention import LocalCore, SDPACore, with_rotary
 from rewarm.engine.megatron.loss import token_losses
-from rewarm.engine.megatron.norm import RMSNorm
+from rewarm.engine.megatron.norm import AddNormalised, RMSNorm, WidthNorm
 from rewarm.engine.megatron.rotary import Rotary
 from rewarm.errors import UserError, ensure
 from rewarm.model.architecture import Architecture
+from rewarm.model.families.base import family_of
 
 
 @dataclass
@@ -116,13 +118,26 @@ def _parallel_settings(config: RunConfig) -> dict[str, Any]:
     return settings
 
 
-def layer_spec(attention: str, qk_norm: bool) -> ModuleSpec:
+def layer_spec(attention: str, architecture: Architecture, decoder: DecoderConfig) -> ModuleSpec:
     """The modules of one transformer layer.
 
+    Args:
+        attention: ``megatron.attention``.
+        architecture: whose family says what norms there are.
+        decoder: Megatron-Core's settings.
+
     Raises:
-        UserError: if Transformer Engine is asked for and not installed, or cannot be imported.
+        UserError: if Transformer Engine is asked for and not installed, cannot be imported, or does not have the
+            family's layers.
     """
+    family, qk_norm = family_of(architecture), architecture.qk_norm
     if attention == "transformer_engine":
+        if family.norms_after():
+            raise UserError(
+                f"megatron.attention=transformer_engine fuses norms with the matrices behind them, but "
+                f"model.family={architecture.family} has its norms after them",
+                fix="set megatron.attention=sdpa",
+            )
         if find_spec("transformer_engine") is None:
             raise UserError(
                 "megatron.attention=transformer_engine, but Transformer Engine is not installed",
@@ -138,7 +153,7 @@ def layer_spec(attention: str, qk_norm: bool) -> ModuleSpec:
         parts = spec.submodules.self_attention.submodules
         parts.core_attention = with_rotary(parts.core_attention)
         if qk_norm:  # before Transformer Engine 1.9 Megatron-Core takes one here that knows no RMSNorm
-            parts.q_layernorm = parts.k_layernorm = RMSNorm
+            parts.q_layernorm, parts.k_layernorm = _qk_norms(architecture)
         return spec
     if attention == "sdpa":
         core: type = SDPACore
@@ -147,20 +162,36 @@ def layer_spec(attention: str, qk_norm: bool) -> ModuleSpec:
     else:
         raise ValueError(f"there is no megatron.attention {attention!r}")
     spec = get_gpt_layer_local_spec(qk_layernorm=qk_norm, normalization="RMSNorm")
-    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
+    if family.norms_after():
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = IdentityOp
+        after = ModuleSpec(AddNormalised, params={"config": decoder})
+        spec.submodules.self_attn_bda = spec.submodules.mlp_bda = after
+    else:
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
     parts = spec.submodules.self_attention.submodules
     parts.core_attention = core
     spec.submodules.mlp.submodules.activation_func = SwiGLU
     if qk_norm:
-        parts.q_layernorm = parts.k_layernorm = RMSNorm
+        parts.q_layernorm, parts.k_layernorm = _qk_norms(architecture)
     return spec
+
+
+def _qk_norms(architecture: Architecture) -> tuple[ModuleSpec | type, ModuleSpec | type]:
+    """What normalises queries and keys: each head, or all of them together."""
+    if family_of(architecture).qk_norm() == "head":
+        return RMSNorm, RMSNorm
+    heads, groups = architecture.num_attention_heads, architecture.num_key_value_heads
+    return (
+        ModuleSpec(WidthNorm, params={"num_heads": heads}),
+        ModuleSpec(WidthNorm, params={"num_heads": groups}),
+    )
 
 
 def build_chunks(config: RunConfig, architecture: Architecture, decoder: DecoderConfig) -> list[Decoder]:
     """This rank's parts of the model, one per virtual pipeline stage, with undefined weights."""
     parallel = config.parallel
     stages = parallel.virtual_pipeline
-    layer = layer_spec(config.megatron.attention, architecture.qk_norm)
+    layer = layer_spec(config.megatron.attention, architecture, decoder)
     rank = parallel_state.get_pipeline_model_parallel_rank()
     chunks = []
     for stage in range(stages):
