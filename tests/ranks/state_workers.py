@@ -22,7 +22,7 @@ from rewarm.engine.state import MOMENTS, WEIGHT, snapshot, squared_distance
 from rewarm.model.description import describe
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "reptile.py"
-EVERY, RATE, STEPS = 2, 0.3, 5
+EVERY, RATE, STEPS = 2, 0.3, 4
 
 
 @contextmanager

@@ -98,5 +98,5 @@ class PortableTensors:
         self._tensors, self._kind = tensors, kind
 
     def read(self, name: str, rows: slice = slice(None), columns: slice | None = None) -> Tensor:
-        """See :meth:`rewarm.model.safetensors_io.TensorFolder.read`."""
+        """A tensor, or the rows and columns of it that are asked for: fp32 on the CPU."""
         return self._tensors.read(f"{name}/{self._kind}", rows, columns)
