@@ -1,4 +1,7 @@
-"""OLMo 2."""
+"""OLMo 2.
+
+In bfloat16 transformers rounds after the product with a norm's weight, and the engine before it, as in other families.
+"""
 
 from __future__ import annotations
 
