@@ -126,11 +126,11 @@ def step_memory(paths: list[Path]) -> tuple[float, float, float]:
     from rewarm.offload.planning.routes import Job, Placement, Route
     from rewarm.offload.runtime.device import ThrottledDevice
     from rewarm.offload.runtime.execute import Executor, GroupStep
-    from rewarm.offload.runtime.slabs import HostPool, Layout, Shard
+    from rewarm.offload.runtime.slabs import HostPool, ParameterShard, StateLayout
     from rewarm.offload.runtime.states import States
 
     size, count = 4_000_000, 20
-    layout = Layout.of([Shard("all", size * count)], size)
+    layout = StateLayout.of([ParameterShard("all", size * count)], size)
     placement = Placement((Route.NVME_STREAMED,) * count, slots=2, host_slots=3)
     device, pool = ThrottledDevice(), HostPool(pin=False)
     before = resident()

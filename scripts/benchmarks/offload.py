@@ -3,7 +3,7 @@
     python scripts/benchmarks/offload.py --link 0.5 --host 0.1 --elements 24000000 --subgroup 1000000
 
 Without a GPU the device is a stand-in behind a link of the given bandwidth (GB/s each way) and the host's update is
-slowed to the given rate (G parameters/s), so that lanes mostly sleep and do not fight for the few cores; with a GPU,
+slowed to the given rate (G parameters/s), so that streams mostly sleep and do not fight for the few cores; with a GPU,
 leave both out. The device has room for its slots only, so that nothing can rest there. The machine is measured first;
 each placement's update is then timed over some rounds and held against the simulator.
 """
@@ -84,10 +84,10 @@ def compare(
 
     from rewarm.offload.planning.pipeline import predict
     from rewarm.offload.runtime.execute import Executor, GroupStep
-    from rewarm.offload.runtime.slabs import HostPool, Layout, Shard
+    from rewarm.offload.runtime.slabs import HostPool, ParameterShard, StateLayout
     from rewarm.offload.runtime.states import States
 
-    layout = Layout.of([Shard("all", options.elements)], options.subgroup)
+    layout = StateLayout.of([ParameterShard("all", options.elements)], options.subgroup)
     parameters, gradients = (
         torch.zeros(layout.numel, dtype=torch.bfloat16, device=device.torch_device) for _ in range(2)
     )

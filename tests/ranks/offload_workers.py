@@ -11,7 +11,7 @@ import torch
 from megatron.core import parallel_state
 
 from ranks.tiny import local_batch, tiny_engine
-from rewarm.engine import offload
+from rewarm.engine import placement as placing
 from rewarm.engine.base import StepResult
 from rewarm.engine.megatron.engine import MegatronEngine
 from rewarm.errors import UserError
@@ -171,7 +171,7 @@ def refusals(cases: list[dict[str, Any]]) -> list[str]:
 
 def without_space(settings: dict[str, Any]) -> str:
     """:func:`refusals` on a machine whose drives are nearly full."""
-    offload.free_space = lambda paths: 4096.0
+    placing.free_space = lambda paths: 4096.0
     return refusals([settings])[0]
 
 
@@ -201,7 +201,8 @@ def auto(settings: dict[str, Any], profile: Path, cpu_rate: float, device_memory
     places = [inner.placement.describe()]
     engine.dry_run(local_batch(engine, 0))
     places.append(inner.placement.describe())
-    job, beside = engine._optimizer._inner.offload._job, engine._optimizer._inner.offload._beside
+    placer = engine._optimizer._inner.offload.placer
+    job, beside = placer.job, placer._step_seconds
     results = train(engine, 0, 45)
     places.append(inner.placement.describe())
     equal = [a.loss_sums.tobytes() == b.loss_sums.tobytes() for a, b in zip(results, expected, strict=True)]

@@ -12,7 +12,7 @@ from rewarm.data.columnar import columnar_units
 from rewarm.data.domain import DOMAIN_FILE
 from rewarm.data.formats import COLUMNAR, KNOWN, Kind, may_hold_text, probe, suffix_kind
 from rewarm.data.hub import dataset_files, is_saved_dataset
-from rewarm.data.readers import Shard, TextDocument
+from rewarm.data.readers import InputShard, TextDocument
 from rewarm.data.records import TextRule
 from rewarm.errors import UserError
 
@@ -44,7 +44,7 @@ class InputOptions:
 class InputPlan:
     """What will be read, in order."""
 
-    shards: list[Shard] = field(default_factory=list)
+    shards: list[InputShard] = field(default_factory=list)
     num_files: int = 0
     """Files that hold at least one byte, each counted once."""
     num_ignored: int = 0
@@ -86,7 +86,7 @@ def plan_inputs(inputs: tuple[str, ...], options: InputOptions | None = None) ->
         UserError: for an input that is nothing of these, or holds no documents, and for options without effect.
     """
     options = options or InputOptions()
-    shards: list[Shard] = []
+    shards: list[InputShard] = []
     ignored = files = repeated = 0
     seen: set[tuple[int, int]] = set()
     uses_library = False
@@ -144,7 +144,7 @@ def _resolve(given: str, options: InputOptions) -> tuple[list[_Found], int, bool
     return [_Found(file, given, "arrow", named=True) for file in files], 0, True
 
 
-def _check_effect(options: InputOptions, uses_library: bool, shards: list[Shard]) -> None:
+def _check_effect(options: InputOptions, uses_library: bool, shards: list[InputShard]) -> None:
     for option, value in (("--subset", options.subset), ("--split", options.split)):
         if value is not None and not uses_library:
             raise UserError(f"{option} {value} has no effect: no input is a dataset", fix=f"remove {option}")
@@ -196,7 +196,7 @@ def _status(file: _Found) -> os.stat_result:
     return status
 
 
-def _shards_of_file(file: _Found, status: os.stat_result, options: InputOptions) -> Iterator[Shard]:
+def _shards_of_file(file: _Found, status: os.stat_result, options: InputOptions) -> Iterator[InputShard]:
     how = probe(file.path, file.name, file.kind, options.encoding)
     if how is None:
         if file.named:
@@ -207,11 +207,13 @@ def _shards_of_file(file: _Found, status: os.stat_result, options: InputOptions)
     if how.kind in COLUMNAR:
         units = columnar_units(how.kind, file.path, file.name, options.rule.fields)
     whole = how.kind in ("json", "csv", "tsv") or (how.kind == "text" and options.text_document != "line")
-    shard = Shard(how.kind, path, size, status.st_mtime_ns, 0, units, size, how.compression, how.encoding, file.name)
+    shard = InputShard(
+        how.kind, path, size, status.st_mtime_ns, 0, units, size, how.compression, how.encoding, file.name
+    )
     pieces = 1 if whole or shard.is_sequential else min(units, -(-size // SHARD_BYTES))
     for piece in range(pieces):
         start, stop = units * piece // pieces, units * (piece + 1) // pieces
         weight = size * stop // units - size * start // units
-        yield Shard(
+        yield InputShard(
             how.kind, path, size, status.st_mtime_ns, start, stop, weight, how.compression, how.encoding, file.name
         )

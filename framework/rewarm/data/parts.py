@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rewarm.data.indexed import MAX_SEQUENCE_TOKENS, token_dtype
-from rewarm.data.readers import Item, Shard, ShardReader, TextDocument
+from rewarm.data.readers import InputShard, Item, ShardReader, TextDocument
 from rewarm.data.records import TextRule
 from rewarm.data.split import HASH_BYTES, text_hash
 from rewarm.data.tokenizer import TextTokenizer, open_tokenizer
@@ -31,7 +31,7 @@ _BATCH_DOCUMENTS = 1000
 _PART_FORMAT = "rewarm-part-2"
 _MAX_BATCH_FILES = 4096
 
-Batch = tuple[Shard, ...]
+Batch = tuple[InputShard, ...]
 """Shards that one worker reads one after another into the same parts."""
 
 
@@ -91,7 +91,7 @@ class Part:
     """int64 [N]; UTF-8 bytes of each text."""
 
 
-def make_batches(shards: list[Shard], small: int, large: int) -> list[Batch]:
+def make_batches(shards: list[InputShard], small: int, large: int) -> list[Batch]:
     """Put neighbouring small files together; anything else stands alone.
 
     Args:
@@ -99,7 +99,7 @@ def make_batches(shards: list[Shard], small: int, large: int) -> list[Batch]:
         small: bytes up to which a file is small.
         large: most bytes of a batch of several.
     """
-    batches: list[list[Shard]] = []
+    batches: list[list[InputShard]] = []
     weight, is_open = 0, False
     for shard in shards:
         fits = shard.weight == shard.size <= small

@@ -23,7 +23,7 @@ TextDocument = Literal["file", "line", "blank"]
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
+class InputShard:
     """A piece of the input that one worker reads from its start to its end."""
 
     kind: Kind
@@ -75,7 +75,7 @@ class ShardReader:
         lines: lines or rows of the shard seen so far.
     """
 
-    def __init__(self, shard: Shard, rule: TextRule, text_document: TextDocument) -> None:
+    def __init__(self, shard: InputShard, rule: TextRule, text_document: TextDocument) -> None:
         self.shard, self.rule, self.text_document = shard, rule, text_document
         self.consumed = 0
         self.lines = 0
@@ -255,7 +255,7 @@ class ShardReader:
         return Item(line or max(1, self.lines), None, why, shown)
 
 
-def lines_before(shard: Shard) -> int:
+def lines_before(shard: InputShard) -> int:
     """Lines or rows of the file that belong to the shards before this one."""
     if shard.start == 0:
         return 0

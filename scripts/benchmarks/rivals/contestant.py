@@ -157,7 +157,7 @@ def after_release(timeline: Any) -> dict[str, float]:
         mine = [
             (start, end)
             for task, start, end in spans
-            if task.lane != "compute" and way in ("dram", WAYS.get(task.kind))
+            if task.stream != "compute" and way in ("dram", WAYS.get(task.kind))
         ]
         whole = sum(end - start for start, end in mine)
         late = sum(max(0.0, end - max(start, released)) for start, end in mine)

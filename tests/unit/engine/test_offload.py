@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewarm.engine.offload import free_space, stretched
+from rewarm.engine.placement import free_space, stretched
 from rewarm.errors import UserError
 from rewarm.offload.planning.placement import interleave
 from rewarm.offload.planning.routes import Placement, Route

@@ -21,7 +21,16 @@ from rewarm.offload.runtime.device import CudaDevice
 from rewarm.offload.runtime.execute import Executor
 from rewarm.offload.runtime.slabs import HostPool
 from rewarm.offload.runtime.states import States
-from unit.offload.test_execute import COUNT, LAYOUT, PLACEMENTS, Plain, assert_same, groups, make_gradients, scale
+from unit.offload.runtime.test_execute import (
+    COUNT,
+    LAYOUT,
+    PLACEMENTS,
+    Plain,
+    assert_same,
+    groups,
+    make_gradients,
+    scale,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 SIZES = (1, 63, 2048, 100_003, 3_000_000)

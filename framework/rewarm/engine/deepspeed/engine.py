@@ -162,7 +162,7 @@ class DeepSpeedEngine(Collectives, Engine):
         _, updated = self._update()
         ensure(not updated, "DeepSpeed took a step on a gradient that is not a number")
         if isinstance(self._partitions.inner, OffloadedStep) and self._partitions.inner.offload is not None:
-            self._partitions.inner.offload.rehearsed(seconds, device.peak_memory())
+            self._partitions.inner.offload.profiled(seconds, device.peak_memory())
         self.set_rng_state(state)
 
     def _forward_backward(self, batch: Batch, factor: float = 1.0) -> tuple[np.ndarray, np.ndarray]:

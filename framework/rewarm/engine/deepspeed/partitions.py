@@ -136,7 +136,7 @@ class Partitions(ABC):
                 views |= {key: state[key].view(-1).narrow(0, offset, length) for key in MOMENTS}
             yield Fragment(name, start, views)
             return
-        assert self.inner.offload is not None and self.inner.offload.inner is not None
+        assert self.inner.offload is not None
         offloaded, place = self.inner.offload.inner, self.inner.place_of(flat)
         if moments and write:
             # They will be replaced: parts of 8-bit moments are written one after the other, without a look at others.

@@ -112,7 +112,7 @@ class MegatronEngine(Engine):
         seconds, passes = time.perf_counter() - started, self.layout.num_microbatches
         filled = passes + (self.layout.pipeline - 1) / self.layout.virtual_pipeline  # a pipeline fills and drains
         each = sum(forward) / passes
-        self._optimizer.rehearsed(seconds, each, max(0.0, seconds / filled - each), passes)
+        self._optimizer.profiled(seconds, each, max(0.0, seconds / filled - each), passes)
         for chunk in self._wrapped:
             chunk.zero_grad_buffer()
         self.set_rng_state(state)

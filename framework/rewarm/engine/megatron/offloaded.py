@@ -58,7 +58,6 @@ class OffloadedAdamWStep(ShardOptimizer):
 
     def begin(self, learning_rate: float) -> None:
         """Start a step whose gradients are still to come; :meth:`step` lets it update."""
-        assert self.offload.inner is not None
         groups = [GroupStep.of({**group, "lr": learning_rate}) for group in self.param_groups]
         self.offload.inner.begin(self.param_groups[0]["step"] + 1, self.gradients, groups)
 

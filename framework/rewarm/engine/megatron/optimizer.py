@@ -204,7 +204,7 @@ class Optimizer:
         main = values.reshape(-1)[span.start : span.end].to(parameter.device)
         sharded._set_main_param_and_optimizer_states(parameter, {**tensors, "param": main})
 
-    def rehearsed(self, seconds: float, forward: float, backward: float, passes: int) -> None:
+    def profiled(self, seconds: float, forward: float, backward: float, passes: int) -> None:
         """Take notice of the time and memory of a step without its update. Collective.
 
         Args:
@@ -214,7 +214,7 @@ class Optimizer:
         """
         if isinstance(self._inner, OffloadedAdamWStep):
             hides = None if self._inner.whole else (forward, backward, passes)
-            self._inner.offload.rehearsed(seconds, device.peak_memory(), hides)
+            self._inner.offload.profiled(seconds, device.peak_memory(), hides)
 
     def close(self) -> None:
         """End what runs beside the step. Not collective."""

@@ -105,7 +105,7 @@ class Overlap:
         self._calls: Counter[Tensor] = Counter()
         self._passes = 0
         self._rate: float | None = None
-        self._left: set[Tensor] = set()
+        self._pending: set[Tensor] = set()
         # Where parameters are gathered within the step it must have ended before.
         self._step.whole = self._reduces and not chunks[0].ddp_config.overlap_param_gather
         for chunk in chunks:
@@ -118,13 +118,11 @@ class Overlap:
     @property
     def updating(self) -> bool:
         """True while a step that was released may still run."""
-        inner = self._step.offload.inner
-        return inner is not None and inner.updating
+        return self._step.offload.inner.updating
 
     def wait_gradients(self) -> None:
         """Block until an update that was released reads no gradient any more."""
-        if self._step.offload.inner is not None:
-            self._step.offload.inner.wait_gradients()
+        self._step.offload.inner.wait_gradients()
 
     @contextmanager
     def passes(self, number: int, learning_rate: float | None) -> Iterator[None]:
@@ -135,17 +133,17 @@ class Overlap:
             learning_rate: of the update that follows; None if none does.
         """
         inner = self._step.offload.inner
-        if inner is not None and inner.begun:
+        if inner.begun:
             inner.finish()  # undoes what passes that ended in an error have begun
         self._calls.clear()
         self._passes, self._rate = number, learning_rate
-        self._left = set(self._places) if learning_rate is not None else set()
+        self._pending = set(self._places) if learning_rate is not None else set()
         yield
         # Whoever is called once in each pass will be again; others are announced when all passes are over.
         self._per_pass = {parameter: calls // number for parameter, calls in self._calls.items() if not calls % number}
         if learning_rate is not None:
             self._begin()
-            for parameter in sorted(self._left, key=self._places.__getitem__, reverse=True):
+            for parameter in sorted(self._pending, key=self._places.__getitem__, reverse=True):
                 self._announce(parameter)
         self._rate = None
 
@@ -159,7 +157,7 @@ class Overlap:
         """A micro-batch's gradient has been added."""
         if self._rate is None or self._reduces or parameter in self._late:
             return
-        ensure(parameter in self._left, "a gradient was added to after the last one that was expected")
+        ensure(parameter in self._pending, "a gradient was added to after the last one that was expected")
         if self._is_last(parameter):
             self._announce(parameter)
 
@@ -167,15 +165,13 @@ class Overlap:
         return self._calls[parameter] == self._per_pass.get(parameter, 0) * self._passes
 
     def _begin(self) -> None:
-        inner = self._step.offload.inner
-        if inner is not None and not inner.begun:
+        if not self._step.offload.inner.begun:
             assert self._rate is not None
             self._step.begin(self._rate)
 
-    def _announce(self, parameter: Tensor, mark: Any = None) -> None:
-        self._left.remove(parameter)
-        assert self._step.offload.inner is not None
-        self._step.offload.inner.ready(self._places[parameter], mark)
+    def _announce(self, parameter: Tensor, event: Any = None) -> None:
+        self._pending.remove(parameter)
+        self._step.offload.inner.ready(self._places[parameter], event)
 
     def _watch_reductions(self, chunk: Replica) -> None:
         """Announce gradients with the collective that reduces them, when it is started."""
@@ -192,15 +188,12 @@ class Overlap:
                 if self._rate is None:
                     return
                 self._begin()
-                for parameter in (group.params & self._left) - self._late:
+                for parameter in (group.params & self._pending) - self._late:
                     self._announce(parameter, handle)
 
             group.start_grad_sync = start_and_announce
 
     def _gate(self, chunk: Replica) -> None:
-        inner = self._step.offload.inner
-        if inner is None:
-            return
         if self._reduces:
             for group in chunk.groups():
                 self._gate_gather(group)
@@ -221,10 +214,8 @@ class Overlap:
         group.start_param_sync = wait_and_start
 
     def _wait(self, shards: Sequence[int]) -> None:
-        inner = self._step.offload.inner
-        assert inner is not None
         for shard in shards:
-            inner.wait(shard)
+            self._step.offload.inner.wait(shard)
 
 
 @contextmanager

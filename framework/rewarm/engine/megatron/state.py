@@ -86,14 +86,12 @@ def _lend_offloaded(
     """In the order of the offloaded state, so that what rests on a drive is read, and written, once."""
     inner = sharded.optimizer.offload.inner
     for each in sorted(held, key=lambda each: sharded.places[each.parameter]):
-        assert inner is not None
         number = sharded.places[each.parameter]
         values = dict(zip((WEIGHT, *MOMENTS), inner.read(number), strict=True))
         yield from _tensors(each, sharded, {kind: values[kind] for kind in kinds})
         if write:
             inner.write(number, *values.values())
-    if inner is not None:
-        inner.settle()
+    inner.settle()
 
 
 def _tensors(each: Described, sharded: Any, values: dict[str, Tensor]) -> Iterator[StateTensor]:

@@ -29,7 +29,7 @@ OURS = Style()
 
 
 def step_tasks(machine: Machine, job: Job, placement: Placement, style: Style = OURS) -> list[Task]:
-    """The tasks of one step in the order in which each lane takes its own."""
+    """The tasks of one step in the order in which each stream takes its own."""
     return _Builder(machine, job, placement, style).build()
 
 
@@ -93,7 +93,7 @@ class _Builder:
     def _copy(
         self,
         kind: str,
-        lane: str,
+        stream: str,
         direction: str,
         size: float,
         after: tuple[int, ...],
@@ -104,7 +104,7 @@ class _Builder:
         rate = self.machine.h2d if direction == "h2d" else self.machine.d2h
         uses = {direction: size, "pcie": size, "dram": size}
         seconds = max(size / rate, size / self.machine.dram)
-        return self._add(Task(kind, lane, seconds, uses, after, subgroup, slot, host_slot))
+        return self._add(Task(kind, stream, seconds, uses, after, subgroup, slot, host_slot))
 
     def _released(self, subgroup: int) -> tuple[int, ...]:
         """What an update waits for: its gradient, and the norm where there is one."""
@@ -161,10 +161,10 @@ class _Builder:
     ) -> int:
         if route.on_device:
             # Two streams, so that streamed subgroups do not queue behind resident ones; they share the device.
-            lane = "device" if route.moves_state else "resident"
+            stream = "device" if route.moves_state else "resident"
             uses = {"device": self.size}
             seconds = self.size / self.machine.device_rate
-            return self._add(Task("update", lane, seconds, uses, after, subgroup, slot, host_slot))
+            return self._add(Task("update", stream, seconds, uses, after, subgroup, slot, host_slot))
         traffic = self.style.cpu_dram_bytes or cpu_update_bytes(self.job)
         uses = {"dram": traffic * self.size}
         rate = self.machine.cpu_rate * self.placement.cpu_share

@@ -119,7 +119,7 @@ def update_seconds(timeline: Timeline) -> float:
     them does not count."""
     released = timeline.end_of("barrier")
     rows = zip(timeline.tasks, timeline.end, strict=True)
-    return max((end for task, end in rows if task.lane != "compute"), default=released) - released
+    return max((end for task, end in rows if task.stream != "compute"), default=released) - released
 
 
 def moved(before: Placement, after: Placement) -> list[tuple[int, Route, Route]]:
@@ -144,7 +144,7 @@ def calibrated(machine: Machine, job: Job, placement: Placement, timeline: Timel
     spent: dict[str, float] = {}
     size = job.parameters / len(placement.routes)
     for task, start, end in zip(timeline.tasks, timeline.start, timeline.end, strict=True):
-        if task.lane == "cpu":
+        if task.stream == "cpu":
             name, amount = "cpu_rate", size / placement.cpu_share
         else:
             name = next((key for key in _RATES if key in task.uses), "")

@@ -224,6 +224,10 @@ class Placement:
         """The same placement under another name."""
         return replace(self, name=name)
 
+    def same_as(self, other: Placement) -> bool:
+        """True if two placements differ in their names at most."""
+        return self.renamed("") == other.renamed("")
+
 
 def memory(placement: Placement, job: Job) -> tuple[float, float, float]:
     """Bytes of device memory, pinned host memory and NVMe that a placement needs on this rank."""

@@ -1,6 +1,6 @@
-"""A fluid event simulator of one step: tasks on lanes, lanes sharing bandwidth (numpy only).
+"""A fluid event simulator of one step: tasks on streams that share bandwidth (numpy only).
 
-A lane is a stream or a thread: its tasks run one after another, in the order given. A task also draws on shared
+A stream is a CUDA stream or a thread: its tasks run one after another, in the order given. A task also draws on shared
 resources (a PCIe direction, DRAM, an NVMe path) at a rate that its speed implies; when the running tasks ask for more
 than a resource has, all of them slow down alike (max-min fairness). The same tasks are what
 :mod:`rewarm.offload.runtime.execute` runs with threads, so what is scored here is what happens there.
@@ -35,7 +35,7 @@ class Task:
 
     kind: str
     """What it does: backward, gradient, barrier, fetch, read, update, flush, write, upload, forward."""
-    lane: str
+    stream: str
     """The stream or thread that runs it."""
     seconds: float
     """Time it takes alone."""
@@ -70,10 +70,10 @@ class Timeline:
         """End of the last task of a kind, 0 if there is none."""
         return max((end for task, end in zip(self.tasks, self.end, strict=True) if task.kind == kind), default=0.0)
 
-    def busy(self, lane: str) -> float:
-        """Seconds in which a lane ran a task."""
+    def busy(self, stream: str) -> float:
+        """Seconds in which a stream ran a task."""
         rows = zip(self.tasks, self.start, self.end, strict=True)
-        return sum(end - start for task, start, end in rows if task.lane == lane)
+        return sum(end - start for task, start, end in rows if task.stream == stream)
 
     def used(self, resource: str) -> float:
         """Amount drawn from a shared resource."""
@@ -84,7 +84,7 @@ def simulate(tasks: Sequence[Task], capacities: Mapping[str, float]) -> Timeline
     """Run the tasks.
 
     Args:
-        tasks: in the order in which each lane takes its own.
+        tasks: in the order in which each stream takes its own.
         capacities: shared resource -> amount per second; a resource not named is unlimited.
 
     Raises:
@@ -100,21 +100,21 @@ class _Run:
         self.limits = dict(capacities)
         self.waiting = [len(set(task.after)) for task in self.tasks]
         self.followers: list[list[int]] = [[] for _ in range(count)]
-        lanes: dict[str, list[int]] = {}
+        streams: dict[str, list[int]] = {}
         # Subgroups of a route ask for the same: speeds are worked out once for each set of demands that meets.
         self.demand: list[int] = []
         kinds: dict[tuple[tuple[str, float], ...], int] = {}
         for index, task in enumerate(self.tasks):
             for earlier in set(task.after):
                 self.followers[earlier].append(index)
-            lanes.setdefault(task.lane, []).append(index)
+            streams.setdefault(task.stream, []).append(index)
             rates = task.uses.items() if task.seconds > 0 else ()
             demand = tuple((name, amount / task.seconds) for name, amount in rates if name in self.limits)
             self.demand.append(kinds.setdefault(demand, len(kinds)))
         self.demands = list(kinds)
         self.known: dict[tuple[int, ...], list[float]] = {}
-        self.next_in_lane = {a: b for queue in lanes.values() for a, b in pairwise(queue)}
-        self.heads = {queue[0] for queue in lanes.values()}
+        self.next_in_stream = {a: b for queue in streams.values() for a, b in pairwise(queue)}
+        self.heads = {queue[0] for queue in streams.values()}
         self.left = [task.seconds for task in self.tasks]
         self.start = [0.0] * count
         self.end = [0.0] * count
@@ -137,7 +137,7 @@ class _Run:
         return Timeline(self.tasks, tuple(self.start), tuple(self.end))
 
     def _admit(self, candidates: list[int], now: float) -> None:
-        """Start those heads of lanes that wait for nothing; those that take no time end at once."""
+        """Start those heads of streams that wait for nothing; those that take no time end at once."""
         instant: list[int] = []
         for i in candidates:
             if i in self.heads and self.waiting[i] == 0:
@@ -155,7 +155,7 @@ class _Run:
             for follower in self.followers[i]:
                 self.waiting[follower] -= 1
                 freed.append(follower)
-            if (successor := self.next_in_lane.get(i)) is not None:
+            if (successor := self.next_in_stream.get(i)) is not None:
                 self.heads.add(successor)
                 freed.append(successor)
         if freed:
@@ -249,36 +249,36 @@ def _by_kind(timeline: Timeline) -> dict[str, dict[int, int]]:
 
 def chrome_trace(timeline: Timeline) -> str:
     """The timeline as a Chrome trace (open it in ui.perfetto.dev or chrome://tracing)."""
-    lanes = list(dict.fromkeys(task.lane for task in timeline.tasks))
+    streams = list(dict.fromkeys(task.stream for task in timeline.tasks))
     events: list[dict[str, object]] = [
-        {"ph": "M", "pid": 0, "tid": number, "name": "thread_name", "args": {"name": lane}}
-        for number, lane in enumerate(lanes)
+        {"ph": "M", "pid": 0, "tid": number, "name": "thread_name", "args": {"name": stream}}
+        for number, stream in enumerate(streams)
     ]
     for task, start, end in zip(timeline.tasks, timeline.start, timeline.end, strict=True):
         name = task.kind if task.subgroup is None else f"{task.kind} {task.subgroup}"
         details = {"subgroup": task.subgroup, "slot": task.slot, "host_slot": task.host_slot, "alone": task.seconds}
-        event = {"ph": "X", "pid": 0, "tid": lanes.index(task.lane), "name": name, "cat": task.kind}
+        event = {"ph": "X", "pid": 0, "tid": streams.index(task.stream), "name": name, "cat": task.kind}
         events.append({**event, "ts": start * 1e6, "dur": (end - start) * 1e6, "args": details})
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
 
 
 def draw(timeline: Timeline, path: Path, title: str) -> None:
-    """Draw the timeline as a Gantt chart, one row per lane, one colour per kind of task."""
+    """Draw the timeline as a Gantt chart, one row per stream, one colour per kind of task."""
     from matplotlib.figure import Figure
 
-    lanes = list(dict.fromkeys(task.lane for task in timeline.tasks))
+    streams = list(dict.fromkeys(task.stream for task in timeline.tasks))
     kinds = list(dict.fromkeys(task.kind for task in timeline.tasks))
-    figure = Figure(figsize=(12, 1.2 + 0.45 * len(lanes)), layout="constrained")
+    figure = Figure(figsize=(12, 1.2 + 0.45 * len(streams)), layout="constrained")
     axes = figure.subplots()
     for number, kind in enumerate(kinds):
         rows = [
-            (lanes.index(task.lane), start, end - start)
+            (streams.index(task.stream), start, end - start)
             for task, start, end in zip(timeline.tasks, timeline.start, timeline.end, strict=True)
             if task.kind == kind
         ]
         positions, left, width = zip(*rows, strict=True)
         axes.barh(positions, width, left=left, color=f"C{number}", edgecolor="white", linewidth=0.3, label=kind)
-    axes.set_yticks(range(len(lanes)), lanes)
+    axes.set_yticks(range(len(streams)), streams)
     axes.invert_yaxis()
     axes.set_xlabel("seconds from the start of the backward pass")
     axes.set_title(title)

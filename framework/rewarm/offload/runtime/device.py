@@ -34,14 +34,14 @@ class Device(Protocol):
     def copy(self, target: torch.Tensor, source: torch.Tensor, direction: Direction) -> None:
         """Copy between host and device; returns when the bytes are there."""
 
-    def lane(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """Enter the stream that belongs to a lane, on the lane's own thread."""
+    def stream(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Enter the device's stream of a name, on a thread that has it to itself."""
 
-    def mark(self) -> Any:
-        """A point in the work queued so far by the calling thread."""
+    def record_event(self) -> Any:
+        """An event that ends the work queued so far by the calling thread."""
 
-    def wait(self, mark: Any) -> None:
-        """Block until a marked point, or a collective whose handle is given instead, is reached."""
+    def wait(self, event: Any) -> None:
+        """Block until an event, or a collective whose handle is given instead, is reached."""
 
     def settle(self) -> None:
         """Block until the work queued by the calling thread is done."""
@@ -60,9 +60,9 @@ def check_copy(target: torch.Tensor, source: torch.Tensor) -> None:
 
 
 class CudaDevice:
-    """A CUDA device with a stream per lane.
+    """A CUDA device with a stream per thread of the executor.
 
-    A lane is a thread. What it queues is waited for on the host before the lane says that it is done, so memory never
+    What a thread queues is waited for on the host before the thread says that it is done, so memory never
     changes hands between streams while one of them still works on it, and the allocator needs to be told nothing.
     """
 
@@ -75,7 +75,7 @@ class CudaDevice:
         self._streams: dict[str, Any] = {}
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, direction: Direction) -> None:
-        """Copy on the lane's stream and wait for it; the host side must be locked."""
+        """Copy on the current stream and wait for it; the host side must be locked."""
         check_copy(target, source)
         host = source if direction == "h2d" else target
         ensure(host.is_pinned(), "the host side of a copy is not locked, so it would be staged and serialised")
@@ -83,29 +83,29 @@ class CudaDevice:
         self.settle()
 
     @contextlib.contextmanager
-    def lane(self, name: str) -> Iterator[None]:
-        """Enter the lane's stream."""
+    def stream(self, name: str) -> Iterator[None]:
+        """Enter the CUDA stream of a name."""
         torch.cuda.set_device(self.torch_device)
         if name not in self._streams:
             self._streams[name] = torch.cuda.Stream(self.torch_device)
         with torch.cuda.stream(self._streams[name]):
             yield
 
-    def mark(self) -> Any:
+    def record_event(self) -> Any:
         """An event recorded on the current stream of the calling thread.
 
         Whoever waits for it sleeps: the threads that would spin otherwise take cores from the CPU's update.
         """
         return torch.cuda.current_stream(self.torch_device).record_event(torch.cuda.Event(blocking=True))
 
-    def wait(self, mark: Any) -> None:
+    def wait(self, event: Any) -> None:
         """Let the current stream wait for an event or a collective, and the thread for the stream."""
-        mark.wait()
+        event.wait()
         self.settle()
 
     def settle(self) -> None:
         """Block the thread until its current stream is empty."""
-        self.mark().synchronize()
+        self.record_event().synchronize()
 
     def pace_host(self, elements: int, began: float) -> None:
         """The host is as fast as it is."""
@@ -178,17 +178,17 @@ class ThrottledDevice:
         return fair_speeds(demands, self._limits)[active.index(direction)]
 
     @contextlib.contextmanager
-    def lane(self, name: str) -> Iterator[None]:
-        """Lanes are threads here; there is no stream to enter."""
+    def stream(self, name: str) -> Iterator[None]:
+        """Threads alone are streams here; there is nothing to enter."""
         yield
 
-    def mark(self) -> None:
+    def record_event(self) -> None:
         """Work is done when its call returns."""
 
-    def wait(self, mark: Any) -> None:
+    def wait(self, event: Any) -> None:
         """Work is done when its call returns, but for that of an asynchronous collective."""
-        if mark is not None:
-            mark.wait()
+        if event is not None:
+            event.wait()
 
     def settle(self) -> None:
         """Work is done when its call returns."""

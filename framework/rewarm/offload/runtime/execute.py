@@ -1,6 +1,6 @@
-"""Runs a placement: the tasks of :mod:`rewarm.offload.planning.pipeline` on one thread per lane.
+"""Runs a placement: the tasks of :mod:`rewarm.offload.planning.pipeline` on one thread per stream.
 
-Each lane takes its tasks in order, waits for what each depends on, does it, and says so. On CUDA a lane's thread
+Each stream takes its tasks in order, waits for what each depends on, does it, and says so. On CUDA a stream's thread
 issues on a stream of its own. The engine signals gradients as they become ready, releases the update once the global
 norm is known, and waits for each subgroup's parameters before the layers that use them.
 
@@ -28,7 +28,7 @@ from rewarm.offload.planning.routes import Job, Machine, Placement
 from rewarm.offload.planning.simulate import Task, Timeline
 from rewarm.offload.runtime.device import Device
 from rewarm.offload.runtime.pieces import Pieces
-from rewarm.offload.runtime.slabs import Layout
+from rewarm.offload.runtime.slabs import StateLayout
 from rewarm.offload.runtime.states import States
 
 log = logging.getLogger(__name__)
@@ -72,14 +72,14 @@ class GroupStep:
 
 @dataclass
 class _Step:
-    """What the lanes of one step share."""
+    """What the streams of one step share."""
 
     number: int
     groups: Sequence[GroupStep]
     done: list[threading.Event]
     start: list[float]
     end: list[float]
-    marks: dict[int, Sequence[Any]] = field(default_factory=dict)
+    events: dict[int, Sequence[Any]] = field(default_factory=dict)
     constants: list[adamw.AdamWStep] = field(default_factory=list)
     error: BaseException | None = None
     released: bool = False
@@ -96,7 +96,7 @@ class Executor:
 
     def __init__(
         self,
-        layout: Layout,
+        layout: StateLayout,
         placement: Placement,
         job: Job,
         device: Device,
@@ -132,7 +132,7 @@ class Executor:
         self.step: _Step | None = None
         self.failure: BaseException | None = None
         self._actions = self._table()
-        self._lanes = self._start_lanes()
+        self._streams = self._start_streams()
 
     def begin(self, number: int, groups: Sequence[GroupStep]) -> None:
         """Start a step; its fetches begin at once.
@@ -142,13 +142,13 @@ class Executor:
             groups: settings of each parameter group of the layout.
         """
         ensure(self.step is None, "the step before has not been finished")
-        ensure(self.failure is None, "a lane failed in an earlier step: the state is not whole any more")
+        ensure(self.failure is None, "a stream failed in an earlier step: the state is not whole any more")
         count = len(self.tasks)
         step = _Step(number, groups, [threading.Event() for _ in range(count)], [0.0] * count, [0.0] * count)
         self.step, self._began = step, time.perf_counter()
         if not self.job.clip:
             self._prepare(step, 1.0)
-        for tasks in self._lanes.values():
+        for tasks in self._streams.values():
             tasks.put(step)
 
     def use_gradients(self, gradients: Pieces) -> None:
@@ -156,15 +156,15 @@ class Executor:
         ensure(self.step is None, "the step before has not been finished")
         self.gradients = self._gradients = gradients
 
-    def gradient_ready(self, subgroup: int, marks: Sequence[Any] | None = None) -> None:
+    def gradient_ready(self, subgroup: int, events: Sequence[Any] | None = None) -> None:
         """A subgroup's gradient is there as soon as the work that was queued for it is done.
 
         Args:
             subgroup: its index.
-            marks: of all that work (:meth:`~rewarm.offload.runtime.device.Device.wait`); None means that the calling
+            events: of all that work (:meth:`~rewarm.offload.runtime.device.Device.wait`); None means that the calling
                 thread has queued it.
         """
-        self._signal("backward", subgroup, marks)
+        self._signal("backward", subgroup, events)
 
     def release(self, grad_scale: float = 1.0) -> None:
         """Begin the updates.
@@ -238,14 +238,14 @@ class Executor:
         return self.finish()
 
     def close(self) -> None:
-        """End the lanes, after what was released. The state stays where it is."""
+        """End the streams, after what was released. The state stays where it is."""
         step, patience = self.step, None
         if step is not None and not step.released:
-            # After an error elsewhere: a lane may stand in a collective that never ends, and holds nothing else.
+            # After an error elsewhere: a stream may stand in a collective that never ends, and holds nothing else.
             step.abandoned, patience = True, 5.0
             for event in step.done:
                 event.set()
-        for tasks in self._lanes.values():
+        for tasks in self._streams.values():
             tasks.put(None)
         for thread in self._threads:
             thread.join(patience)
@@ -259,10 +259,10 @@ class Executor:
     def _prepare(self, step: _Step, grad_scale: float) -> None:
         step.constants.extend(group.constants(step.number, grad_scale) for group in step.groups)
 
-    def _signal(self, kind: str, subgroup: int | None, marks: Sequence[Any] | None = None) -> None:
+    def _signal(self, kind: str, subgroup: int | None, events: Sequence[Any] | None = None) -> None:
         step = self._running()
         i = self.index[(kind, subgroup)]
-        step.marks[i] = (self.device.mark(),) if marks is None else marks
+        step.events[i] = (self.device.record_event(),) if events is None else events
         step.start[i] = step.end[i] = time.perf_counter()
         step.done[i].set()
 
@@ -278,26 +278,29 @@ class Executor:
             self.failure = step.error
             raise step.error
 
-    def _start_lanes(self) -> dict[str, queue.SimpleQueue[_Step | None]]:
+    def _start_streams(self) -> dict[str, queue.SimpleQueue[_Step | None]]:
         work: dict[str, list[int]] = {}
         for i, task in enumerate(self.tasks):
             if task.kind not in _EXTERNAL:
-                work.setdefault(task.lane, []).append(i)
-        queues: dict[str, queue.SimpleQueue[_Step | None]] = {lane: queue.SimpleQueue() for lane in work}
+                work.setdefault(task.stream, []).append(i)
+        queues: dict[str, queue.SimpleQueue[_Step | None]] = {stream: queue.SimpleQueue() for stream in work}
         self._threads = [
             threading.Thread(
-                target=self._lane, args=(lane, work[lane], queues[lane]), name=f"offload-{lane}", daemon=True
+                target=self._run_stream,
+                args=(stream, work[stream], queues[stream]),
+                name=f"offload-{stream}",
+                daemon=True,
             )
-            for lane in work
+            for stream in work
         ]
         for thread in self._threads:
             thread.start()
         return queues
 
-    def _lane(self, name: str, work: list[int], steps: queue.SimpleQueue[_Step | None]) -> None:
+    def _run_stream(self, name: str, work: list[int], steps: queue.SimpleQueue[_Step | None]) -> None:
         if name == "cpu" and self.cores:
             self._pin(self.cores)
-        with self.device.lane(name):
+        with self.device.stream(name):
             while (step := steps.get()) is not None:
                 for i in work:
                     self._run(step, i, self.tasks[i])
@@ -313,8 +316,8 @@ class Executor:
         try:
             for earlier in task.after:
                 step.done[earlier].wait()
-                for mark in () if step.stopped else step.marks.get(earlier, ()):
-                    self.device.wait(mark)
+                for event in () if step.stopped else step.events.get(earlier, ()):
+                    self.device.wait(event)
             step.start[i] = time.perf_counter()
             if not step.stopped:
                 self._actions[task.kind](step, task)

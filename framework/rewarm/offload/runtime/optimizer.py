@@ -21,12 +21,12 @@ from rewarm.offload.planning.simulate import Timeline
 from rewarm.offload.runtime.device import Device
 from rewarm.offload.runtime.execute import Executor, GroupStep
 from rewarm.offload.runtime.pieces import Pieces, cut_layout
-from rewarm.offload.runtime.slabs import ALIGNMENT, HostPool, Layout, Shard
+from rewarm.offload.runtime.slabs import ALIGNMENT, HostPool, ParameterShard, StateLayout
 from rewarm.offload.runtime.states import States
 
 
 @dataclass(frozen=True, slots=True)
-class Means:
+class Resources:
     """What state is kept in and updated with, besides the device."""
 
     pool: HostPool
@@ -63,7 +63,7 @@ class OffloadedAdamW:
         placement: Placement,
         job: Job,
         device: Device,
-        means: Means,
+        resources: Resources,
         *,
         subgroup_size: int,
         masters: Sequence[Tensor] | None = None,
@@ -78,20 +78,20 @@ class OffloadedAdamW:
             placement: made for ``layout_of(names, shards, groups, subgroup_size, eight_bit=job.eight_bit)``.
             job: widths, whether updates wait for the norm, and whether moments have 8 bits.
             device: where the shards are.
-            means: memory, drives and threads.
+            resources: memory, drives and threads.
             subgroup_size: elements per subgroup.
             masters: fp32 values of the shards; None to take the shards' own.
         """
         self.layout = layout_of(names, shards, groups, subgroup_size, eight_bit=job.eight_bit)
         self._cuts = cut_layout(self.layout)
         self._parameters = Pieces(self.layout, shards)
-        self._device, self._means = device, means
-        widths = {"grad_bytes": means.gradient_type.itemsize, "param_bytes": self._parameters.dtype.itemsize}
+        self._device, self._resources = device, resources
+        widths = {"grad_bytes": resources.gradient_type.itemsize, "param_bytes": self._parameters.dtype.itemsize}
         self._job = replace(job, parameters=self.layout.numel, **widths)
         self._executor: Executor | None = None
         self._given: Sequence[Tensor] | None = None
         self._waiting: set[int] = set()
-        self._stale: set[int] = set()
+        self._not_waited_for: set[int] = set()
         self.timeline: Timeline | None = None
         self._held: tuple[int, Tensor, Tensor, Tensor] | None = None
         self._changed = False
@@ -124,7 +124,7 @@ class OffloadedAdamW:
             gradients: flat, in the order of the shards, of the type announced; none is read before it is ready.
             groups: settings of each parameter group.
         """
-        kind = self._means.gradient_type
+        kind = self._resources.gradient_type
         for gradient in gradients:
             ensure(gradient.dtype == kind, f"gradients are {gradient.dtype}, not {kind} as announced")
         self.settle()
@@ -134,24 +134,24 @@ class OffloadedAdamW:
             self._executor.use_gradients(Pieces(self.layout, gradients))
         self._given = gradients
         self._waiting = set(range(len(self.layout.shards)))
-        self._marks: list[list[Any]] = [[] for _ in self._cuts]
+        self._events: list[list[Any]] = [[] for _ in self._cuts]
         self._executor.begin(number, groups)
 
-    def ready(self, shard: int, mark: Any = None) -> None:
+    def ready(self, shard: int, event: Any = None) -> None:
         """A shard's gradient is final: it may be copied to the host.
 
         Args:
             shard: its index.
-            mark: handle of the collective that computes it; None means that the calling thread has queued all work.
+            event: handle of the collective that computes it; None means that the calling thread has queued all work.
         """
         assert self._executor is not None and shard in self._waiting, "no such gradient is waited for"
         self._waiting.remove(shard)
-        mark = self._device.mark() if mark is None else mark
+        event = self._device.record_event() if event is None else event
         for subgroup in self.layout.subgroups_of(shard):
-            marks = self._marks[subgroup]
-            marks.append(mark)
-            if len(marks) == len(self._cuts[subgroup]):
-                self._executor.gradient_ready(subgroup, marks)
+            events = self._events[subgroup]
+            events.append(event)
+            if len(events) == len(self._cuts[subgroup]):
+                self._executor.gradient_ready(subgroup, events)
 
     def release(self, grad_scale: float = 1.0) -> None:
         """Let the updates begin; gradients that were not ready are now.
@@ -162,7 +162,7 @@ class OffloadedAdamW:
         assert self._executor is not None
         for shard in sorted(self._waiting, reverse=True):
             self.ready(shard)
-        self._stale = set(range(len(self.layout.shards)))
+        self._not_waited_for = set(range(len(self.layout.shards)))
         self._executor.release(grad_scale)
 
     @property
@@ -178,11 +178,11 @@ class OffloadedAdamW:
     def wait(self, shard: int) -> None:
         """Block until an update that was released has written a shard's parameters."""
         # Asked before every module of every forward pass: the first answer of a step serves for the others.
-        if shard in self._stale:
+        if shard in self._not_waited_for:
             assert self._executor is not None
             for subgroup in self.layout.subgroups_of(shard):
                 self._executor.wait_parameters(subgroup)
-            self._stale.remove(shard)
+            self._not_waited_for.remove(shard)
 
     def wait_gradients(self) -> None:
         """Block until an update that was released reads no gradient any more."""
@@ -197,7 +197,7 @@ class OffloadedAdamW:
             When each task ran; None if there was no step.
 
         Raises:
-            BaseException: what went wrong in a lane, in this step or an earlier one: the state is not whole any more.
+            BaseException: what went wrong in a stream, in this step or an earlier one: the state is not whole any more.
         """
         executor = self._executor
         if executor is None:
@@ -210,7 +210,7 @@ class OffloadedAdamW:
             executor.abandon()
             return None
         self.timeline = executor.finish()
-        self._stale = set()
+        self._not_waited_for = set()
         return self.timeline
 
     def read(self, shard: int, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -264,6 +264,10 @@ class OffloadedAdamW:
             self.states.put(*self._held)
         self._held, self._changed = None, False
 
+    def device_bytes(self) -> int:
+        """Bytes of the device that the state takes, its slots included."""
+        return self.states.device_bytes()
+
     def state(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """:meth:`read` of every shard."""
         found = [self.read(shard) for shard in range(len(self.layout.shards))]
@@ -283,7 +287,7 @@ class OffloadedAdamW:
         self.close()
         self.timeline = None
         self.states = self._open(placement)
-        self._means.pool.trim()
+        self._resources.pool.trim()
         self.states.load(*state, self._parameters)
 
     def close(self) -> None:
@@ -309,17 +313,17 @@ class OffloadedAdamW:
         return self._held[1:]
 
     def _open(self, placement: Placement) -> States:
-        means = self._means
+        resources = self._resources
         self.placement = placement
         return States(
             self.layout,
             placement,
             self._device,
             parameter_type=self._parameters.dtype,
-            gradient_type=means.gradient_type,
-            pool=means.pool,
-            nvme_paths=means.nvme_paths,
-            nvme_shares=means.nvme_shares,
+            gradient_type=resources.gradient_type,
+            pool=resources.pool,
+            nvme_paths=resources.nvme_paths,
+            nvme_shares=resources.nvme_shares,
             eight_bit=self._job.eight_bit,
         )
 
@@ -332,8 +336,8 @@ class OffloadedAdamW:
             self.states,
             parameters=self._parameters,
             gradients=gradients,
-            cpu_threads=self._means.cpu_threads,
-            cores=self._means.cores,
+            cpu_threads=self._resources.cpu_threads,
+            cores=self._resources.cores,
         )
 
 
@@ -344,7 +348,7 @@ def layout_of(
     subgroup_size: int,
     *,
     eight_bit: bool = False,
-) -> Layout:
+) -> StateLayout:
     """The flat state of some shards.
 
     With 8-bit moments every shard begins with a block of its own: no scale serves two parameters, and no cut into
@@ -352,4 +356,6 @@ def layout_of(
     """
     sizes = (shard.numel() for shard in shards)
     alignment = QUANTIZED_BLOCK if eight_bit else ALIGNMENT
-    return Layout.of([Shard(*item) for item in zip(names, sizes, groups, strict=True)], subgroup_size, alignment)
+    return StateLayout.of(
+        [ParameterShard(*item) for item in zip(names, sizes, groups, strict=True)], subgroup_size, alignment
+    )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from rewarm.errors import ensure
-from rewarm.offload.runtime.slabs import Layout
+from rewarm.offload.runtime.slabs import StateLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Pieces:
         tensors: flat, one per shard of the layout.
     """
 
-    def __init__(self, layout: Layout, tensors: Sequence[torch.Tensor] | torch.Tensor) -> None:
+    def __init__(self, layout: StateLayout, tensors: Sequence[torch.Tensor] | torch.Tensor) -> None:
         """Cut.
 
         Args:
@@ -90,7 +90,7 @@ def _view(cut: Cut, tensor: torch.Tensor) -> Piece:
     return Piece(cut.start, cut.stop, cut.group, tensor.narrow(0, cut.offset, cut.stop - cut.start))
 
 
-def cut_layout(layout: Layout) -> list[list[Cut]]:
+def cut_layout(layout: StateLayout) -> list[list[Cut]]:
     """The cuts of every subgroup, in order."""
     found: list[list[Cut]] = [[] for _ in range(layout.subgroups)]
     for i, (shard, first) in enumerate(zip(layout.shards, layout.offsets, strict=True)):

@@ -275,7 +275,7 @@ class _Bench:
         return max(_rate(self.seconds / 2, partial(probe, prefetch), 28 * size) for prefetch in (0, 1))
 
     def _copy(self, direction: str) -> None:
-        with self.device.lane(direction):
+        with self.device.stream(direction):
             if direction == "h2d":
                 self.device.copy(self.there[0], self.host[0], "h2d")
             else:

@@ -1,8 +1,8 @@
 """The flat fp32 state of one rank, cut into subgroups, and the host memory it rests in.
 
 Megatron's distributed optimizer and DeepSpeed ZeRO both give a rank a list of pieces of parameters. A
-:class:`Layout` lays those pieces end to end, each at an aligned offset, and cuts the result into subgroups of equal
-length (the last may be shorter). Nothing else here depends on where the pieces come from.
+:class:`StateLayout` lays those pieces end to end, each at an aligned offset, and cuts the result into subgroups of
+equal length (the last may be shorter). Nothing else here depends on where the pieces come from.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ALIGNMENT = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
+class ParameterShard:
     """A piece of a parameter that this rank updates."""
 
     name: str
@@ -45,10 +45,10 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class StateLayout:
     """Where each shard lies in the flat state, and where the flat state is cut."""
 
-    shards: tuple[Shard, ...]
+    shards: tuple[ParameterShard, ...]
     offsets: tuple[int, ...]
     """First element of each shard in the flat state."""
     numel: int
@@ -57,7 +57,7 @@ class Layout:
     """Elements of every subgroup but the last."""
 
     @classmethod
-    def of(cls, shards: Sequence[Shard], subgroup_size: int, alignment: int = ALIGNMENT) -> Layout:
+    def of(cls, shards: Sequence[ParameterShard], subgroup_size: int, alignment: int = ALIGNMENT) -> StateLayout:
         """Lay shards end to end in the order given, which should be that of their first use in the forward pass.
 
         Args:

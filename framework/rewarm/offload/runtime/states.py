@@ -16,7 +16,7 @@ from rewarm.offload.planning.routes import Placement, Route
 from rewarm.offload.runtime.device import Device
 from rewarm.offload.runtime.nvme import Store
 from rewarm.offload.runtime.pieces import Pieces
-from rewarm.offload.runtime.slabs import HostPool, Layout, aligned
+from rewarm.offload.runtime.slabs import HostPool, StateLayout, aligned
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ class States:
 
     def __init__(
         self,
-        layout: Layout,
+        layout: StateLayout,
         placement: Placement,
         device: Device,
         *,

@@ -93,7 +93,9 @@ def test_only_what_ran_after_the_release_counts() -> None:
 
     tasks = {"gradient": "d2h", "barrier": "compute", "fetch": "h2d", "update": "device", "flush": "d2h"}
     found = after_release(
-        Timeline(tuple(Task(kind, lane, 0.0) for kind, lane in tasks.items()), (0, 1, 0.5, 1.5, 2), (1, 1, 1.5, 2, 4))
+        Timeline(
+            tuple(Task(kind, stream, 0.0) for kind, stream in tasks.items()), (0, 1, 0.5, 1.5, 2), (1, 1, 1.5, 2, 4)
+        )
     )
     assert found == pytest.approx({"seconds": 3, "h2d": 0.5, "d2h": 2 / 3, "dram": 3 / 4.5})
 

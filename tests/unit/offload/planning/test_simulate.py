@@ -31,7 +31,7 @@ MACHINE = Machine(
 JOB = Job(1_000_000_000, forward=0.2, backward=0.4)
 
 
-def test_tasks_of_a_lane_follow_each_other_and_lanes_run_together() -> None:
+def test_tasks_of_a_stream_follow_each_other_and_streams_run_together() -> None:
     tasks = [Task("a", "x", 1.0), Task("b", "x", 2.0), Task("c", "y", 1.5), Task("d", "y", 1.0, after=(1,))]
     timeline = simulate(tasks, {})
     assert timeline.end == pytest.approx((1.0, 3.0, 1.5, 4.0))

@@ -18,7 +18,7 @@ from rewarm.offload.planning.routes import Job, Placement, Route
 from rewarm.offload.runtime.cores import cores_of_node, divide
 from rewarm.offload.runtime.device import ThrottledDevice, numa_node
 from rewarm.offload.runtime.execute import Executor, GroupStep
-from rewarm.offload.runtime.slabs import HostPool, Layout, Shard
+from rewarm.offload.runtime.slabs import HostPool, ParameterShard, StateLayout
 from rewarm.offload.runtime.states import States
 
 
@@ -95,7 +95,7 @@ def restricted(cores: set[int]) -> list[str]:
 
 def pinned(cores: list[int]) -> Executor:
     """Updates two subgroups with a team of three."""
-    layout = Layout.of([Shard("w", 400_000)], 200_000)
+    layout = StateLayout.of([ParameterShard("w", 400_000)], 200_000)
     placement = Placement((Route.CPU,) * 2)
     parameters, gradients = torch.zeros(layout.numel, dtype=torch.bfloat16), torch.ones(layout.numel)
     device = ThrottledDevice()
@@ -117,13 +117,13 @@ def test_the_team_of_the_update_runs_on_its_cores_and_nobody_else_does() -> None
     before = restricted({core})
     executor = pinned([core])
     executor.run_step(1, [GroupStep(1e-3)])
-    # The lane and the two others of its team, which sleep until the next update.
+    # The stream and the two others of its team, which sleep until the next update.
     assert len(restricted({core})) - len(before) == 3, restricted({core})
     assert os.sched_getaffinity(0) == mask == os.sched_getaffinity(threading.get_native_id())
     torch.ones(200_000).mul_(2)  # torch's own team is made by this thread
     assert len(restricted({core})) - len(before) == 3
     executor.close()
-    deadline = time.monotonic() + PATIENCE  # the team ends a moment after its lane
+    deadline = time.monotonic() + PATIENCE  # the team ends a moment after its stream
     while restricted({core}) != before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert restricted({core}) == before

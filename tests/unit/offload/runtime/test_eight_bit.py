@@ -16,7 +16,7 @@ from rewarm.offload.planning.placement import interleave
 from rewarm.offload.planning.routes import Job, Placement, Route, costs
 from rewarm.offload.runtime.device import ThrottledDevice
 from rewarm.offload.runtime.execute import GroupStep
-from rewarm.offload.runtime.optimizer import Means, OffloadedAdamW, layout_of
+from rewarm.offload.runtime.optimizer import OffloadedAdamW, Resources, layout_of
 from rewarm.offload.runtime.slabs import HostPool
 
 # Shards of several blocks with a short last one, of less than one block, and of exactly one; two parameter groups.
@@ -65,7 +65,7 @@ def adapter(shards: Sequence[Tensor], masters: Sequence[Tensor], place: int, siz
         placements(subgroups)[place],
         Job(1, 0.0, 0.0, eight_bit=True),
         ThrottledDevice(),
-        Means(HostPool(pin=False), torch.float32, nvme_paths=[disk]),
+        Resources(HostPool(pin=False), torch.float32, nvme_paths=[disk]),
         subgroup_size=size,
         masters=masters,
     )

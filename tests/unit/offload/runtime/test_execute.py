@@ -13,18 +13,18 @@ from rewarm.offload.planning.routes import Job, Placement, Route
 from rewarm.offload.planning.simulate import check
 from rewarm.offload.runtime.device import ThrottledDevice
 from rewarm.offload.runtime.execute import Executor, GroupStep
-from rewarm.offload.runtime.slabs import HostPool, Layout, Shard
+from rewarm.offload.runtime.slabs import HostPool, ParameterShard, StateLayout
 from rewarm.offload.runtime.states import States
 
 R, S, C, NC, NS = Route.RESIDENT, Route.STREAMED, Route.CPU, Route.NVME_CPU, Route.NVME_STREAMED
 # Two parameter groups, a trailing subgroup, shards that cross subgroups, a tied weight that appears once.
-LAYOUT = Layout.of(
+LAYOUT = StateLayout.of(
     [
-        Shard("embedding", 5000),
-        Shard("norm", 70, group=1),
-        Shard("up", 3001),
-        Shard("bias", 9, group=1),
-        Shard("down", 4100),
+        ParameterShard("embedding", 5000),
+        ParameterShard("norm", 70, group=1),
+        ParameterShard("up", 3001),
+        ParameterShard("bias", 9, group=1),
+        ParameterShard("down", 4100),
     ],
     subgroup_size=1000,
 )
@@ -259,7 +259,7 @@ def test_another_placement_continues_from_the_exported_state(disk: Path) -> None
         executor.states.close()
 
 
-def test_an_error_in_a_lane_reaches_the_caller(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_a_stream_reaches_the_caller(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = Plain(torch.bfloat16)
     parameters, gradients = torch.empty_like(plain.parameters), torch.zeros(LAYOUT.numel)
     executor = open_executor(PLACEMENTS["streamed, which is k = 1"], parameters, gradients, disk)

@@ -72,10 +72,10 @@ from pathlib import Path
 from rewarm.offload.runtime.device import ThrottledDevice
 from rewarm.offload.runtime.execute import Executor, GroupStep
 from rewarm.offload.planning.routes import Job, Placement, Route
-from rewarm.offload.runtime.slabs import HostPool, Layout, Shard
+from rewarm.offload.runtime.slabs import HostPool, StateLayout, ParameterShard
 from rewarm.offload.runtime.states import States
 folder, checkpoint, last = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-layout = Layout.of([Shard("w", 100_000)], 10_000)
+layout = StateLayout.of([ParameterShard("w", 100_000)], 10_000)
 routes = (Route.NVME_STREAMED, Route.NVME_CPU) * 5
 placement = Placement(routes, slots=2, host_slots=2, split=True)
 device = ThrottledDevice(h2d=10e6, d2h=10e6)
@@ -151,10 +151,10 @@ from pathlib import Path
 from rewarm.offload.runtime.device import ThrottledDevice
 from rewarm.offload.runtime.execute import Executor, GroupStep
 from rewarm.offload.planning.routes import Job, Placement, Route
-from rewarm.offload.runtime.slabs import HostPool, Layout, Shard
+from rewarm.offload.runtime.slabs import HostPool, StateLayout, ParameterShard
 from rewarm.offload.runtime.states import States
 size, count = 1 << 18, 40
-layout = Layout.of([Shard("w", size * count)], size)
+layout = StateLayout.of([ParameterShard("w", size * count)], size)
 parameters = torch.ones(layout.numel, dtype=torch.bfloat16)
 gradients = torch.full((layout.numel,), 1e-3, dtype=torch.bfloat16)
 placement = Placement((Route.NVME_STREAMED,) * count, slots=2, host_slots=2)

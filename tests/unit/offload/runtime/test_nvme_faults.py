@@ -24,9 +24,9 @@ from rewarm.offload.runtime.device import ThrottledDevice
 from rewarm.offload.runtime.execute import Executor, GroupStep
 from rewarm.offload.runtime.nvme import Store, ThreadQueue, open_scratch
 from rewarm.offload.runtime.profile import check_drives
-from rewarm.offload.runtime.slabs import HostPool, Layout, Shard
+from rewarm.offload.runtime.slabs import HostPool, ParameterShard, StateLayout
 from rewarm.offload.runtime.states import States
-from unit.offload.test_nvme import make_queue
+from unit.offload.runtime.test_nvme import make_queue
 
 
 @contextlib.contextmanager
@@ -230,7 +230,7 @@ def test_threads_take_over_where_the_kernel_has_no_queue_left(caplog: pytest.Log
 
 
 def test_a_drive_that_fails_in_a_step_ends_the_step(disk: Path) -> None:
-    layout = Layout.of([Shard("w", 60_000)], 10_000)
+    layout = StateLayout.of([ParameterShard("w", 60_000)], 10_000)
     placement = Placement((Route.NVME_CPU, Route.NVME_STREAMED) * 3, slots=2, host_slots=2)
     parameters = torch.ones(layout.numel)
     types = {"parameter_type": torch.float32, "gradient_type": torch.float32}

@@ -15,8 +15,8 @@ from rewarm.offload.planning.placement import interleave
 from rewarm.offload.planning.routes import Job, Placement, Route
 from rewarm.offload.runtime.device import ThrottledDevice
 from rewarm.offload.runtime.execute import GroupStep
-from rewarm.offload.runtime.optimizer import Means, OffloadedAdamW, layout_of
-from rewarm.offload.runtime.slabs import HostPool, Layout, Shard
+from rewarm.offload.runtime.optimizer import OffloadedAdamW, Resources, layout_of
+from rewarm.offload.runtime.slabs import HostPool, ParameterShard, StateLayout
 
 SIZE = 1024
 SETTINGS = [GroupStep(3e-3, weight_decay=0.1), GroupStep(3e-3)]
@@ -107,7 +107,7 @@ def adapter(model: Tied, placement: Placement, folder: Path) -> OffloadedAdamW:
         placement,
         Job(1, 0.0, 0.0),
         ThrottledDevice(),
-        Means(HostPool(pin=False), shards[0].dtype, nvme_paths=[folder]),
+        Resources(HostPool(pin=False), shards[0].dtype, nvme_paths=[folder]),
         subgroup_size=SIZE,
     )
 
@@ -119,7 +119,9 @@ def test_losses_are_equal_and_so_is_a_run_that_changes_its_placement(dtype: torc
     expected = train(plain_model, plain, range(1, 31))
     model = Tied(dtype)
     names, shards, groups = shards_of(model)
-    subgroups = Layout.of([Shard(*each) for each in zip(names, map(len, shards), groups, strict=True)], SIZE).subgroups
+    subgroups = StateLayout.of(
+        [ParameterShard(*each) for each in zip(names, map(len, shards), groups, strict=True)], SIZE
+    ).subgroups
     choices = placements(subgroups)
     offloaded = adapter(model, choices[0], disk)
 
@@ -200,7 +202,7 @@ def test_a_step_in_pieces_is_the_whole_one(choice: int, disk: Path) -> None:
 def test_gradients_of_another_type_are_refused(disk: Path) -> None:
     model = Tied(torch.bfloat16)
     shards = shards_of(model)[1]
-    count = Layout.of([Shard("all", len(x)) for x in shards], SIZE).subgroups
+    count = StateLayout.of([ParameterShard("all", len(x)) for x in shards], SIZE).subgroups
     offloaded = adapter(model, placements(count)[0], disk)
     with pytest.raises(AssertionError, match="as announced"):
         offloaded.step(1, [x.float() for x in shards], SETTINGS)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rewarm.errors import UserError
-from rewarm.offload.runtime.slabs import ALIGNMENT, HostPool, Layout, Shard, bind_to_node
+from rewarm.offload.runtime.slabs import ALIGNMENT, HostPool, ParameterShard, StateLayout, bind_to_node
 
 SHARDS = st.lists(st.tuples(st.integers(1, 5000), st.integers(0, 2)), min_size=1, max_size=12)
 
@@ -21,7 +21,7 @@ SHARDS = st.lists(st.tuples(st.integers(1, 5000), st.integers(0, 2)), min_size=1
 @settings(max_examples=60, deadline=None)
 @given(SHARDS, st.integers(1, 4000))
 def test_every_element_belongs_to_one_segment_of_its_group(sizes: list[tuple[int, int]], size: int) -> None:
-    layout = Layout.of([Shard(str(i), numel, group) for i, (numel, group) in enumerate(sizes)], size)
+    layout = StateLayout.of([ParameterShard(str(i), numel, group) for i, (numel, group) in enumerate(sizes)], size)
     assert layout.subgroup_size % ALIGNMENT == 0 and layout.numel % ALIGNMENT == 0
     group = torch.full((layout.numel,), -1)
     for subgroup in range(layout.subgroups):

@@ -26,9 +26,9 @@ from rewarm.offload.planning.routes import Job, Placement
 from rewarm.offload.runtime import states
 from rewarm.offload.runtime.device import CudaDevice
 from rewarm.offload.runtime.execute import Executor
-from rewarm.offload.runtime.slabs import HostPool, Layout
+from rewarm.offload.runtime.slabs import HostPool, StateLayout
 from rewarm.offload.runtime.states import States
-from unit.offload.test_execute import COUNT, LAYOUT, PLACEMENTS, Plain, groups, make_gradients
+from unit.offload.runtime.test_execute import COUNT, LAYOUT, PLACEMENTS, Plain, groups, make_gradients
 
 INDEX = 5  # not the device that a new thread begins with
 
@@ -160,12 +160,12 @@ class NeverSettles(CudaDevice):
 class NeverWaits(CudaDevice):
     """Does not care what other threads have queued."""
 
-    def wait(self, mark: Any) -> None:
+    def wait(self, event: Any) -> None:
         """No wait."""
 
     def settle(self) -> None:
         """As it is."""
-        self.mark().synchronize()
+        self.record_event().synchronize()
 
 
 @pytest.fixture
@@ -216,7 +216,7 @@ def trained(
     return left, right
 
 
-def _view(layout: Layout, flat: torch.Tensor) -> torch.Tensor:
+def _view(layout: StateLayout, flat: torch.Tensor) -> torch.Tensor:
     return torch.cat([layout.view(flat, shard) for shard in range(len(layout.shards))])
 
 
