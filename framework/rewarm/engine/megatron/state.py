@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 from megatron.core import parallel_state
@@ -117,8 +117,15 @@ def _cut(place: Place, rank: int, size: int) -> Callable[[Tensor], Tensor] | Non
         return None
 
     def cut(whole: Tensor) -> Tensor:
-        if place.split == "gate_up":
-            return torch.cat([half.chunk(size)[rank] for half in whole.chunk(2)])
-        return whole.chunk(size, dim=1 if place.split == "columns" else 0)[rank]
+        match place.split:
+            case "whole":
+                return whole
+            case "gate_up":
+                return torch.cat([half.chunk(size)[rank] for half in whole.chunk(2)])
+            case "columns":
+                return whole.chunk(size, dim=1)[rank]
+            case "vocabulary" | "qkv":
+                return whole.chunk(size)[rank]
+        assert_never(place.split)
 
     return cut
