@@ -73,19 +73,6 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["gpu"])
 
 
-# Dense tensor-core throughput of the vendor's data sheets, in FLOP/s; the longest matching name wins.
-_PEAK_FLOPS: dict[str, dict[str, float]] = {
-    "A100": {"bfloat16": 312e12, "float32": 19.5e12},
-    "H100 PCIe": {"bfloat16": 756e12, "float32": 51e12},
-    "H100 NVL": {"bfloat16": 835e12, "float32": 60e12},
-    "H100": {"bfloat16": 989e12, "float32": 67e12},
-    "H200": {"bfloat16": 989e12, "float32": 67e12},
-    "H20": {"bfloat16": 148e12, "float32": 44e12},
-    "B200": {"bfloat16": 2250e12, "float32": 75e12},
-    "L40S": {"bfloat16": 362e12, "float32": 91.6e12},
-}
-
-
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -98,18 +85,3 @@ def dtype_of(precision: str) -> torch.dtype:
     if precision not in _DTYPES:
         raise ValueError(f"there is no precision {precision!r}: {', '.join(_DTYPES)}")
     return _DTYPES[precision]
-
-
-def peak_flops(precision: str, name: str | None = None) -> float | None:
-    """Peak FLOP/s of one device, or None when it is not in the table: an unknown device has no utilisation.
-
-    Args:
-        precision: ``"bfloat16"`` or ``"float32"``.
-        name: a device name as the driver reports it; None means this rank's device.
-    """
-    if name is None:
-        if not is_gpu():
-            return None
-        name = torch.cuda.get_device_name()
-    known = [part for part in _PEAK_FLOPS if all(word in name.replace("-", " ").split() for word in part.split())]
-    return _PEAK_FLOPS[max(known, key=len)][precision] if known else None

@@ -315,28 +315,6 @@ def cast(source: torch.Tensor, target: torch.Tensor, *, threads: int = 0) -> Non
         target.copy_(source)
 
 
-def cast_stochastic(source: torch.Tensor, target: torch.Tensor, *, seed: int, first: int = 0) -> None:
-    """Round fp32 to bf16 up or down at random, so that the mean of the result is the value (approximate by name).
-
-    Args:
-        source: fp32 [N].
-        target: bf16 [N].
-        seed: 64-bit key of the noise.
-        first: index of ``source[0]`` in the whole state. The noise of element i is a function of (seed, first + i)
-            alone: neither the cut, the device nor the thread count matters.
-
-    Raises:
-        RuntimeError: without the compiled library, which no torch function stands in for.
-    """
-    _alike(torch.float32, target.numel(), target.device, source)
-    _alike(torch.bfloat16, source.numel(), source.device, target)
-    arguments = (_count(source), *_pointers(source, target), ctypes.c_uint64(seed), ctypes.c_uint64(first))
-    if source.is_cuda:
-        _cuda("rewarm_cuda_cast_stochastic", source, *arguments)
-    else:
-        _library_for("stochastic rounding").rewarm_cast_stochastic(*arguments, 0)
-
-
 def sum_squares(values: torch.Tensor, *, threads: int = 0) -> float:
     """Sum of squares of an fp32, bf16 or fp16 CPU tensor in double precision, for clipping.
 

@@ -217,7 +217,7 @@ class Sampler:
             "pending": [{"sample": sample, "weights": self._named(weights)} for sample, weights in self._pending],
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], renamed: Mapping[str, str] | None = None) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where another sampler stood.
 
         With the same domains everything is restored. Where domains were added or dropped, the cursors and credits of
@@ -227,29 +227,25 @@ class Sampler:
 
         Args:
             state: what :meth:`state_dict` gave, also after a trip through JSON.
-            renamed: old name to new name of domains that were renamed.
 
         Raises:
             UserError: if the order of the samples would change: another version of the algorithm, another seed,
                 other content or size of a domain, or the same domains in another order.
         """
-        stored = _stored_domains(state, self, renamed or {})
+        stored = _stored_domains(state, self)
         known = [stored.get(domain.name) for domain in self.domains]
         self.sample_index = int(state["sample_index"])
         self._cursors = np.array([entry["cursor"] if entry else 0 for entry in known], dtype=np.int64)
         self._credits = np.array([entry["credit"] if entry else 0 for entry in known], dtype=np.int64)
         self._pending = []
         if list(stored) == self.names:
-            self._weights = self._aligned(state["weights"], renamed or {})
+            self._weights = align(state["weights"], self.names)
             self._pending = [
-                (int(change["sample"]), self._aligned(change["weights"], renamed or {})) for change in state["pending"]
+                (int(change["sample"]), align(change["weights"], self.names)) for change in state["pending"]
             ]
         share, rest = divmod(-int(self._credits.sum()), len(self.domains))
         self._credits += share
         self._credits[:rest] += 1
-
-    def _aligned(self, weights: Mapping[str, int], renamed: Mapping[str, str]) -> np.ndarray:
-        return align({renamed.get(name, name): value for name, value in weights.items()}, self.names)
 
     def _named(self, weights: np.ndarray) -> dict[str, int]:
         return {name: int(weight) for name, weight in zip(self.names, weights, strict=True)}
@@ -317,10 +313,8 @@ def _checked(weights: np.ndarray, count: int) -> np.ndarray:
     return weights
 
 
-def _stored_domains(
-    state: Mapping[str, Any], sampler: Sampler, renamed: Mapping[str, str]
-) -> dict[str, dict[str, Any]]:
-    """The domains of a state by their name of today, after refusing all that would reorder samples."""
+def _stored_domains(state: Mapping[str, Any], sampler: Sampler) -> dict[str, dict[str, Any]]:
+    """The domains of a state by name, after refusing all that would reorder samples."""
     if state["order_version"] != ORDER_VERSION:
         raise UserError(
             f"the checkpoint's samples were ordered by algorithm version {state['order_version']}; this program orders "
@@ -332,10 +326,7 @@ def _stored_domains(
             f"the checkpoint's samples were ordered by seed {state['seed']}, this run has seed {sampler.seed}",
             fix=f"set seed={state['seed']}",
         )
-    stored = {renamed.get(entry["name"], entry["name"]): dict(entry) for entry in state["domains"]}
-    unknown = sorted(set(renamed) - {entry["name"] for entry in state["domains"]})
-    if unknown:
-        raise UserError(f"{unknown[0]!r} is to be renamed, but the checkpoint has no such domain")
+    stored = {entry["name"]: dict(entry) for entry in state["domains"]}
     for domain in sampler.domains:
         if domain.name not in stored:
             continue
