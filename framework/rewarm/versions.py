@@ -8,8 +8,8 @@ from __future__ import annotations
 __version__ = "0.1.0"
 
 # The upper bounds are what was tried. torch stays below 2.14 so that one line resolves to a CPU build where the
-# index offers one and to a CUDA build elsewhere. Megatron-Core's private names are touched in
-# engine/megatron/compat.py, which calls require().
+# index offers one and to a CUDA build elsewhere. Megatron-Core's private names are touched in several files of
+# engine/megatron/ and in no other folder; engine/megatron/compat.py calls require() before any of them.
 REQUIREMENTS: dict[str, str] = {
     "torch": ">=2.6,<2.14",
     "megatron-core": ">=0.16.1,<0.17",
@@ -49,7 +49,7 @@ def require(distribution: str) -> str:
         The installed version.
 
     Raises:
-        rewarm.errors.UserError: if it is missing or outside its range, naming both and the command that mends it.
+        rewarm.errors.UserError: if it is missing or outside its range, naming both and the command that installs it.
     """
     from importlib.metadata import PackageNotFoundError, version
 

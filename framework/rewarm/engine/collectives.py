@@ -1,4 +1,5 @@
-"""What engines do alike whatever runs the model: talk to the other ranks, and count by domain."""
+"""Collectives without a model, and sums by domain. The DeepSpeed engine is built on them; Megatron's model-parallel ranks
+need process groups of their own, so that its engine calls :mod:`rewarm.engine.ranks` itself."""
 
 from __future__ import annotations
 
