@@ -22,4 +22,5 @@ test:
 docs:
 	mkdocs build --strict
 
-FAST = tests/unit/config tests/unit/mixing tests/unit/schedule tests/unit/replay tests/unit/test_layers.py
+FAST = tests/unit/config tests/unit/mixing tests/unit/schedule tests/unit/replay tests/unit/test_layers.py \
+	tests/unit/test_documents.py
