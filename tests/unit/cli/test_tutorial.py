@@ -1,16 +1,10 @@
-"""The tutorial's commands are commands, with options that exist; its stage is one."""
+"""The tutorial's stage is one, and its files and links are there; tests/unit/test_documents.py checks its commands."""
 
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
 
-import click
-import pytest
-import typer
-
-from rewarm.cli.main import app
 from rewarm.config.load import load
 
 ROOT = Path(__file__).parents[3]
@@ -21,18 +15,6 @@ def commands() -> list[str]:
     """The lines of the bash blocks, continued ones joined."""
     blocks = re.findall(r"```bash\n(.*?)```", TEXT, flags=re.DOTALL)
     return [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-
-
-@pytest.mark.parametrize("line", [line for line in commands() if line.startswith("rewarm ")])
-def test_a_command_takes_its_arguments(line: str) -> None:
-    command: click.Command = typer.main.get_command(app)
-    arguments = shlex.split(line)[1:]
-    context = click.Context(command)
-    while isinstance(command, click.Group):
-        name, found, arguments = command.resolve_command(context, arguments)
-        assert found is not None and name is not None
-        command, context = found, click.Context(found, parent=context)
-    command.make_context(line, arguments)
 
 
 def test_its_files_are_there_and_its_stage_is_whole() -> None:
