@@ -1,5 +1,5 @@
-"""Collectives without a model, and sums by domain. The DeepSpeed engine is built on them; Megatron's model-parallel ranks
-need process groups of their own, so that its engine calls :mod:`rewarm.engine.ranks` itself."""
+"""Collectives without a model, and sums by domain, for the DeepSpeed engine. Megatron's engine needs groups of its own
+model-parallel ranks and calls :mod:`rewarm.engine.ranks` itself."""
 
 from __future__ import annotations
 
