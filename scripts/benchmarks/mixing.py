@@ -131,13 +131,11 @@ def open_feed(folder: Path, data: dict[str, str]) -> Feed:
 
 def feeding(run: Run, steps: int = 20) -> dict[str, float]:
     """Milliseconds of a step, its hooks included but for evaluations, and of feeding a batch."""
-    from rewarm.train.hooks import standard_hooks
     from rewarm.train.loop import train_one_step
 
-    hooks = standard_hooks()
-    for hook in hooks:
+    for hook in run.hooks:
         hook.start(run)
-    step = 1e3 * statistics.median(seconds(lambda: train_one_step(run, hooks)) for _ in range(steps))
+    step = 1e3 * statistics.median(seconds(lambda: train_one_step(run)) for _ in range(steps))
     return {"step_ms": step, **shares(run.feed, step)}
 
 

@@ -50,7 +50,6 @@ def rewarm_arm(folder: Path, micro_batch_size: int, total_steps: int) -> Callabl
     from rewarm.config.load import build
     from rewarm.engine.build import build_engine
     from rewarm.train.folder import prepare_folder
-    from rewarm.train.hooks import standard_hooks
     from rewarm.train.loop import train_one_step
     from rewarm.train.session import assemble
     from rewarm.train.stage import resolve_stage
@@ -72,10 +71,9 @@ def rewarm_arm(folder: Path, micro_batch_size: int, total_steps: int) -> Callabl
     prepare_folder(config)
     stage = resolve_stage(config, 1)
     run = assemble(config, stage, build_engine(config, stage.architecture, stage.names))
-    hooks = standard_hooks()
-    for hook in hooks:
+    for hook in run.hooks:
         hook.start(run)
-    return lambda: train_one_step(run, hooks)
+    return lambda: train_one_step(run)
 
 
 def transformers_arm(tokens: torch.Tensor, micro_batch_size: int) -> Callable[[], None]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
+import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -202,11 +203,61 @@ def chosen_settings(registry: Registry[Any], section: Section, choice: str) -> S
     return given if given is not None else method.settings()
 
 
+class SwitchRegistry(Registry[T]):
+    """Methods that a stage switches on, any number of them, each by giving its section: ``hooks: {my_hook: {}}``.
+
+    One without settings is part of every stage, and so must be built in.
+    """
+
+    def register(self, name: str, *, settings: type[Section] | None = None) -> Callable[[T], T]:
+        """Decorate a class as the method of a name.
+
+        Args:
+            name: as it is written in a configuration.
+            settings: its section, which may be empty.
+
+        Raises:
+            ValueError: if another module has registered the name, or it could not be switched on.
+        """
+        add = super().register(name, settings=settings)
+
+        def checked(target: T) -> T:
+            module = str(getattr(target, "__module__", ""))
+            if settings is None and not module.startswith(f"{self._package}."):
+                raise ValueError(
+                    f"{self.kind} {name!r} has no settings, by which {self.setting}.{name} could switch it on: "
+                    "register it with a section, which may be empty"
+                )
+            return add(target)
+
+        return checked
+
+    def switches(self, base: type[SectionT]) -> type[SectionT]:
+        """A section with one optional section for each method that can be switched on; as it stands if there is none.
+
+        Args:
+            base: the section without the methods.
+        """
+        key = tuple(self.methods())
+        if key not in self._sections:
+            fields: dict[str, Any] = {}
+            for method in self.methods():
+                if method.settings is not None:
+                    text = f"{method.summary}. Null leaves it out."
+                    fields[method.name] = (method.settings | None, Field(None, description=text))
+            made: dict[str, Any] = {"__base__": base, "__module__": base.__module__, "__doc__": base.__doc__}
+            self._sections[key] = create_model(base.__name__, **made, **fields) if fields else base
+        return typing.cast("type[SectionT]", self._sections[key])
+
+
 FAMILIES: Registry[Any] = Registry("family", "model.family", "rewarm.model.families")
 """Subclasses of :class:`rewarm.model.families.base.Family`, by transformers' ``model_type``."""
 
 MIXERS: Registry[Any] = Registry("mixer", "mixture.mixer", "rewarm.mixing.mixers")
 """Subclasses of :class:`rewarm.mixing.mixers.base.Mixer`."""
+
+HOOKS: SwitchRegistry[Any] = SwitchRegistry("hook", "hooks", "rewarm.train.hooks")
+"""Subclasses of :class:`rewarm.train.hooks.base.Hook`."""
 
 OPTIMIZERS: Registry[Any] = Registry("optimizer", "optimizer.name", "rewarm.optimizers")
 """Subclasses of :class:`rewarm.optimizers.base.UpdateRule`."""

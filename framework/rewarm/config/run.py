@@ -15,13 +15,14 @@ from rewarm.config.mixture import MixtureConfig, ReplayConfig
 from rewarm.config.model import ModelConfig
 from rewarm.config.offload import OffloadConfig, check_offload
 from rewarm.config.paths import PathText
-from rewarm.config.registry import FAMILIES, MIXERS, OPTIMIZERS, SCHEDULES, Registry
+from rewarm.config.registry import FAMILIES, HOOKS, MIXERS, OPTIMIZERS, SCHEDULES, Registry
 from rewarm.config.section import MOST_TOKENS, Duration, Section, parse_duration, resolve_duration
 from rewarm.config.training import (
     BatchConfig,
     CheckpointConfig,
     DistributedConfig,
     EvaluationConfig,
+    HooksConfig,
     MegatronConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -84,6 +85,8 @@ class RunConfig(Section):
     """Held-out losses."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving."""
+    hooks: HooksConfig = HooksConfig()
+    """Methods beside the steps."""
     tracking: TrackingConfig = TrackingConfig()
     """Recording."""
     distributed: DistributedConfig = DistributedConfig()
@@ -202,13 +205,13 @@ CHOICES: dict[str, Registry[Any]] = {
 
 def run_schema() -> type[RunConfig]:
     """:class:`RunConfig`, or a subclass that also takes the methods which extensions have registered."""
-    return _schema_of(tuple(registry.current for registry in CHOICES.values()))
+    return _schema_of(tuple(registry.current for registry in CHOICES.values()), HOOKS.switches(HooksConfig))
 
 
 @cache
-def _schema_of(sections: tuple[type[Section], ...]) -> type[RunConfig]:
+def _schema_of(sections: tuple[type[Section], ...], hooks: type[Section]) -> type[RunConfig]:
     changed: dict[str, Any] = {}
-    for name, section in zip(CHOICES, sections, strict=True):
+    for name, section in zip([*CHOICES, "hooks"], [*sections, hooks], strict=True):
         annotation = RunConfig.model_fields[name].annotation
         if annotation == section | None:
             continue

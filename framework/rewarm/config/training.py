@@ -222,6 +222,11 @@ class WandbConfig(Section):
         return self
 
 
+class HooksConfig(Section):
+    """What happens beside the steps, apart from what every stage does. A hook is on when its section is given, be it
+    empty: ``hooks.my_hook={}``. Modules under extensions add their own."""
+
+
 class TrackingConfig(Section):
     """What is recorded while the run trains."""
 

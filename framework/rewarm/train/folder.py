@@ -146,6 +146,9 @@ def check_same_stage(config: RunConfig, folder: Path) -> list[str]:
     before = _flatten(read_saved(folder))
     before.setdefault("replay.windows", "all" if config.replay.fraction > 0 else "seen")  # of a run before the setting
     now = _flatten(parse_yaml(dump(config)))
+    for key in ("extensions", "hooks"):  # an older run has no such section, which says as much as an empty one
+        before.setdefault(key, now.get(key) if now.get(key) == {} else None)
+        now.setdefault(key, before[key] if before[key] == {} else None)
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     refused = [key for key in changed if not _is_free(key, config)]
     if refused:

@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rewarm.config.run import RunConfig
 from rewarm.engine.base import Engine, StepResult
 from rewarm.schedule.learning_rate import LearningRate
 from rewarm.tracking.tracker import Tracker
 from rewarm.train.feed import FedStep, Feed
+from rewarm.train.hooks.base import Hook
 from rewarm.train.skipped import MOST_SKIPPED, too_many
 from rewarm.train.stage import Stage
 
@@ -53,8 +53,8 @@ class Run:
     """Ask between the parts of something long whether a stop was requested meanwhile. Collective."""
     check_owner: Callable[[], None] = lambda: None
     """Raise if the run may belong to another process by now; on the main rank, before it writes a checkpoint."""
-    extra_state: dict[str, Any] = field(default_factory=dict)
-    """State of the hooks by name, as restored from the checkpoint."""
+    hooks: list[Hook] = field(default_factory=list)
+    """What happens beside the steps, in the order in which it is called."""
 
     @property
     def folder(self) -> Path:

@@ -25,7 +25,8 @@ from rewarm.schedule.learning_rate import LearningRate
 from rewarm.tracking.tracker import Tracker, check_trackers
 from rewarm.train.feed import Feed
 from rewarm.train.folder import RunFolder, check_same_stage, check_start, write_run_files
-from rewarm.train.hooks import standard_hooks
+from rewarm.train.hooks.base import Hook
+from rewarm.train.hooks.build import build_hooks, check_saved_hooks, set_up_hooks
 from rewarm.train.imported import check_import, notes_on
 from rewarm.train.loop import train
 from rewarm.train.run import Run
@@ -47,6 +48,7 @@ class Prepared:
     engine: Engine
     feed: Feed
     position: Position
+    hooks: list[Hook]
     started: bool
     """True if the run goes on from a checkpoint of its own."""
     messages: list[str]
@@ -109,7 +111,7 @@ def _train(stage: Stage, engine: Engine, watch: LoadWatch | None, folder: RunFol
     if engine.is_main:
         write_status(stage.folder, "running", run.step, config.total_steps)
     try:
-        train(run, standard_hooks())
+        train(run)
     except BaseException:
         run.tracker.close(1)
         raise
@@ -150,10 +152,11 @@ def prepare(config: RunConfig, stage: Stage, engine: Engine) -> Prepared:
         check_weight_log(stage.folder, state)
         return WeightLog(stage.folder / WEIGHT_LOG).entries()
 
+    hooks = on_every_rank(engine, lambda: _hooks(config, checkpoint, state))
     entries = engine.broadcast(on_every_rank(engine, lambda: look() if engine.is_main else None))
     feed = on_every_rank(engine, lambda: _feed(config, stage, engine, state, entries))
     position = _fill(config, stage, engine, checkpoint, state, messages)
-    return Prepared(config, stage, engine, feed, position, state is not None, messages + stage.messages)
+    return Prepared(config, stage, engine, feed, position, hooks, state is not None, messages + stage.messages)
 
 
 def begin(prepared: Prepared) -> Run:
@@ -180,8 +183,17 @@ def begin(prepared: Prepared) -> Run:
         tracker.message(message)
     schedule = LearningRate(config.schedule, config.total_tokens, config.tokens_per_step)
     run = Run(config, stage, engine, prepared.feed, schedule, tracker, position.step, position.tokens)
-    run.last_learning_rate, run.extra_state, run.threads = position.learning_rate, position.hooks, position.threads
+    run.last_learning_rate, run.threads, run.hooks = position.learning_rate, position.threads, prepared.hooks
+    set_up_hooks(run, position.hooks, position.checkpoint)
     return run
+
+
+def _hooks(config: RunConfig, checkpoint: Path | None, state: dict[str, Any] | None) -> list[Hook]:
+    """The hooks of the stage, after refusing a checkpoint that holds the state of others."""
+    hooks = build_hooks(config)
+    if checkpoint is not None and state is not None:
+        check_saved_hooks(hooks, state["hooks"], checkpoint)
+    return hooks
 
 
 def _feed(

@@ -13,6 +13,7 @@ from rewarm.checkpoint.store import STATE
 from rewarm.config.run import RunConfig
 from rewarm.engine.base import Engine
 from rewarm.errors import UserError
+from rewarm.train.hooks.build import hooks_state, make_sharded_folders, write_sharded_hooks
 
 if TYPE_CHECKING:
     from rewarm.train.run import Run
@@ -31,6 +32,8 @@ class Position:
     learning_rate: float | None = None
     hooks: dict[str, Any] = field(default_factory=dict)
     """State of the hooks by name."""
+    checkpoint: Path | None = None
+    """Where files of hooks stand; None where the run begins."""
     threads: list[int] = field(default_factory=list)
     """Of each rank; empty where they are to be chosen."""
 
@@ -72,7 +75,7 @@ def checkpoint_state(run: Run) -> dict[str, Any]:
         "learning_rate": run.last_learning_rate,
         "sampler": run.feed.state_dict(),
         "replay": run.stage.replay_windows,
-        "hooks": run.extra_state,
+        "hooks": hooks_state(run.hooks),
         "architecture": run.stage.architecture.to_dict(),
         "layout": _layout(run.engine, run.config),
         "threads": run.threads,
@@ -122,12 +125,14 @@ def prepare_sharded(run: Run, folder: Path) -> None:
     run.stage.lineage(run.last_learning_rate, run.tokens, run.feed.cursors(), run.tracker.last_losses).save(folder)
     (folder / MODEL).mkdir()
     (folder / RANDOM).mkdir()
+    make_sharded_folders(run.hooks, folder)
 
 
 def write_sharded(run: Run, folder: Path) -> None:
-    """Write the model, the optimizer and every rank's random state. Collective."""
+    """Write the model, the optimizer, every rank's random state and what hooks keep in files. Collective."""
     run.engine.save(folder / MODEL, optimizer=True)
     save_random_state(folder / RANDOM, run.engine.rank, run.engine.rng_state())
+    write_sharded_hooks(run, folder)
 
 
 def restore(
@@ -158,6 +163,7 @@ def restore(
         )
     engine.load(checkpoint / MODEL, optimizer=True)
     position = Position(int(state["step"]), int(state["tokens"]), state["learning_rate"], dict(state["hooks"]))
+    position.checkpoint = checkpoint
     if state["layout"] == _layout(engine, config):
         position.threads = list(state.get("threads", []))
         engine.set_rng_state(load_random_state(checkpoint / RANDOM, engine.rank))

@@ -141,10 +141,12 @@ def test_a_run_tells_of_changes_that_are_planned_and_of_those_that_an_evaluation
             total_steps=20, batch=SimpleNamespace(global_batch_size=8), steps=lambda text: 4,
             evaluation=SimpleNamespace(interval="4 steps"),
         ),
-        stage=SimpleNamespace(planned=planned, controller=lambda: controller), step=4, extra_state={}, stop_reason=None,
+        stage=SimpleNamespace(planned=planned, controller=lambda: controller), step=4, stop_reason=None,
         engine=SimpleNamespace(is_main=False, broadcast=lambda value: SimpleNamespace(entry=new)),
         feed=SimpleNamespace(first_free_sample=48, schedule=lambda entry: None),
         tracker=SimpleNamespace(message=told.append),
     )  # fmt: skip
-    MixtureHook().start(cast("Any", run))
+    hook = MixtureHook()
+    hook.setup(cast("Any", run))
+    hook.start(cast("Any", run))
     assert told == [weights_line(planned[2]), weights_line(new)]

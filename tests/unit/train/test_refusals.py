@@ -62,7 +62,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     unpack_runs(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("rewarm.engine.build.build_engine", lambda *args: EngineOfOne())
-    monkeypatch.setattr(session, "train", lambda run, hooks: run.feed.close())
+    monkeypatch.setattr(session, "train", lambda run: run.feed.close())
     for name in ("RANK", "WORLD_SIZE", "SLURM_JOB_ID", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
     yield tmp_path

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rewarm.checkpoint.distributed import save_checkpoint
+from rewarm.config.registry import HOOKS
 from rewarm.train.hooks.base import Hook
 from rewarm.train.state import checkpoint_state, prepare_sharded, write_sharded
 
@@ -12,10 +13,17 @@ if TYPE_CHECKING:
     from rewarm.train.run import Run, StepRecord
 
 
+@HOOKS.register("checkpoint")
 class CheckpointHook(Hook):
-    """A checkpoint every ``checkpoint.interval``, and after the last step of an invocation, whatever ended it."""
+    """A checkpoint every ``checkpoint.interval``, and after the last step of an invocation, whatever ended it.
 
-    def start(self, run: Run) -> None:
+    It stands last, so that it holds what the others changed.
+    """
+
+    name = "checkpoint"
+    order = 900
+
+    def setup(self, run: Run) -> None:
         """Note where the run stands, which is either saved already or step 0."""
         self._interval = run.config.steps(run.config.checkpoint.interval)
         self._saved = run.step

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rewarm.config.registry import HOOKS
 from rewarm.evaluation.held_out import HeldOutLoss, evaluate_domain
 from rewarm.tracking.metrics import evaluation_line
 from rewarm.train.hooks.base import Hook
@@ -12,14 +13,24 @@ if TYPE_CHECKING:
     from rewarm.train.run import Run, StepRecord
 
 
+@HOOKS.register("evaluation")
 class EvaluationHook(Hook):
-    """An evaluation at step 0, at the end, and every ``evaluation.interval`` between."""
+    """An evaluation at step 0, at the end, and every ``evaluation.interval`` between.
 
-    def start(self, run: Run) -> None:
-        """Make the evaluation that is due at this step if an interrupted run has not made it."""
+    The run's evaluation file says which was the last.
+    """
+
+    name = "evaluation"
+    order = 200
+
+    def setup(self, run: Run) -> None:
+        """Find the last evaluation. Collective."""
         self._interval = run.config.steps(run.config.evaluation.interval)
         self._last = run.tracker.last_evaluated_step if run.engine.is_main else None
         self._last = run.engine.broadcast(self._last)
+
+    def start(self, run: Run) -> None:
+        """Make the evaluation that is due at this step if an interrupted run has not made it."""
         if self._due(run):
             self._evaluate(run)
 

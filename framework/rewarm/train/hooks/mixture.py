@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
+from rewarm.config.registry import HOOKS
 from rewarm.evaluation.held_out import rotated_windows
 from rewarm.mixing.controller import Change, Gradients
 from rewarm.mixing.permutation import order_key
@@ -22,6 +24,7 @@ GRADIENT_CHUNK = 8
 the weights must not depend on it."""
 
 
+@HOOKS.register("mixture")
 class MixtureHook(Hook):
     """Updates a closed-loop mixer at every evaluation; does nothing under a mixer whose weights are known ahead.
 
@@ -29,14 +32,18 @@ class MixtureHook(Hook):
     by the resume without another evaluation.
     """
 
-    def start(self, run: Run) -> None:
-        """Build the controller, restore it, and make the update that is due."""
+    name = "mixture"
+    order = 300
+
+    def setup(self, run: Run) -> None:
+        """Build the controller."""
         self._total_samples = run.config.total_steps * run.config.batch.global_batch_size
         self._controller = run.stage.controller()
-        if "mixture" in run.extra_state:
-            self._controller.load_state_dict(run.extra_state["mixture"])
         self._interval = run.config.steps(run.config.evaluation.interval)
         self._log = WeightLog(run.folder / "mixture.jsonl") if run.engine.is_main else None
+
+    def start(self, run: Run) -> None:
+        """Tell of the changes that are planned, and make the update that is due."""
         for entry in run.stage.planned:
             if entry.sample > run.step * run.config.batch.global_batch_size:
                 run.tracker.message(weights_line(entry))
@@ -60,7 +67,18 @@ class MixtureHook(Hook):
             if change is not None:
                 run.feed.schedule(self._controller.commit(change, self._log))
                 run.tracker.message(weights_line(change.entry))
-        run.extra_state["mixture"] = self._controller.state_dict()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The controller's, where evaluations can change the weights."""
+        return self._controller.state_dict() if self._controller.is_active else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what :meth:`state_dict` gave.
+
+        Raises:
+            UserError: if the held-out text of a domain that steers the weights is not what it was.
+        """
+        self._controller.load_state_dict(state)
 
     def _gradients(self, run: Run) -> Gradients | None:
         """What the mixer reads of the new domains' gradients, on the held-out windows whose turn it is; None if it

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import signal
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from rewarm.config.registry import HOOKS
 from rewarm.train.hooks.base import Hook
 
 if TYPE_CHECKING:
@@ -16,14 +17,24 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.
 SIGUSR2: the usual warnings ahead of a limit."""
 
 
+@HOOKS.register("signals")
 class SignalHook(Hook):
-    """Asks for a stop when any rank received a signal; the hooks after it act on that.
+    """Asks for a stop when any rank received a signal.
+
+    It stands first, so that the others know of a stop: evaluation is then left to the resume, which finds it due, and
+    the checkpoint is written at once.
 
     A second SIGINT ends the process at once, for those who do not want to wait for the step.
     """
 
+    name = "signals"
+    order = 0
+    transient = ("_received", "_before")
+    """A signal ends the invocation that received it, and no other."""
+
     def __init__(self) -> None:
         self._received: str | None = None
+        self._before: dict[signal.Signals, Any] = {}
 
     def start(self, run: Run) -> None:
         """Listen."""
@@ -38,7 +49,12 @@ class SignalHook(Hook):
 
     def finish(self, run: Run) -> None:
         """Stop listening."""
-        for number, handler in self._before.items():
+        self.close(run)
+
+    def close(self, run: Run) -> None:
+        """Put the handlers back that were there before."""
+        before, self._before = self._before, {}
+        for number, handler in before.items():
             signal.signal(number, handler)
 
     def _poll(self, run: Run) -> bool:

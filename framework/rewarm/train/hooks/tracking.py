@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rewarm.config.registry import HOOKS
 from rewarm.mixing.weights import TOTAL
 from rewarm.tracking.metrics import MetricsLine, metrics_line
 from rewarm.train.hooks.base import Hook
@@ -14,16 +16,20 @@ if TYPE_CHECKING:
     from rewarm.train.run import Run, StepRecord
 
 
+@HOOKS.register("tracking")
 class TrackingHook(Hook):
     """One line every ``tracking.interval`` steps; losses cover all steps since the line before."""
 
-    def start(self, run: Run) -> None:
-        """Begin an interval; a resume starts at a checkpoint, which :class:`CheckpointHook` lets fall on a line's end
-        or carries the open interval across."""
+    name = "tracking"
+    order = 100
+    transient = ("_seconds", "_steps")
+    """The speed of a line is that of the steps of one invocation."""
+
+    def setup(self, run: Run) -> None:
+        """Begin an interval."""
         num_domains = len(run.stage.names)
-        saved = run.extra_state.get("tracking", {})
-        self._loss_sums = np.array(saved.get("loss_sums", [0.0] * num_domains), dtype=np.float64)
-        self._counts = np.array(saved.get("token_counts", [0] * num_domains), dtype=np.int64)
+        self._loss_sums = np.zeros(num_domains)
+        self._counts = np.zeros(num_domains, dtype=np.int64)
         self._seconds, self._steps = 0.0, 0
 
     def after_step(self, run: Run, record: StepRecord) -> None:
@@ -36,7 +42,15 @@ class TrackingHook(Hook):
             run.tracker.step(self._line(run, record))
             self._loss_sums[:], self._counts[:] = 0.0, 0
             self._seconds, self._steps = 0.0, 0
-        run.extra_state["tracking"] = {"loss_sums": self._loss_sums.tolist(), "token_counts": self._counts.tolist()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums of the interval that is open at a checkpoint."""
+        return {"loss_sums": self._loss_sums.tolist(), "token_counts": self._counts.tolist()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what :meth:`state_dict` gave."""
+        self._loss_sums = np.array(state["loss_sums"], dtype=np.float64)
+        self._counts = np.array(state["token_counts"], dtype=np.int64)
 
     def _line(self, run: Run, record: StepRecord) -> MetricsLine:
         return metrics_line(
