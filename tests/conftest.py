@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+# Tests of a lost terminal send SIGHUP, which processes started under nohup would ignore.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # A loaded machine must not fail a property; pytest-timeout ends what hangs.
 settings.register_profile("rewarm", deadline=None, suppress_health_check=[HealthCheck.too_slow])

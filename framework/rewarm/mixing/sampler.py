@@ -41,6 +41,11 @@ class SampledDomain:
     """True if each window of the parts may be drawn only once."""
 
     @property
+    def pool(self) -> int:
+        """Different windows that it is drawn from, those of several orders counted as if none were in two."""
+        return min(sum(map(len, self.parts)), self.num_windows) if self.parts else self.num_windows
+
+    @property
     def limit(self) -> int | None:
         """Most windows that may be drawn in this run, or None."""
         if self.once:
@@ -108,8 +113,8 @@ class Sampler:
         return self._cursors.copy()
 
     def epochs(self) -> dict[str, float]:
-        """Passes made over each domain so far, in this run."""
-        return {d.name: int(c) / d.num_windows for d, c in zip(self.domains, self._cursors, strict=True)}
+        """Passes made over each domain's windows so far, in this run: what its ancestors drew is not in them."""
+        return {d.name: int(c) / d.pool for d, c in zip(self.domains, self._cursors, strict=True)}
 
     def fingerprint(self) -> str:
         """Hash of what decides the order apart from the weights: algorithm version, seed, domains' content and size."""
@@ -172,7 +177,7 @@ class Sampler:
         """What drawing up to a global sample index will take from each domain, if the known weights stay.
 
         Returns:
-            Passes over each domain by then.
+            Passes of this run over each domain's windows by then.
 
         Raises:
             UserError: if that exceeds a domain's ``max_epochs``, naming the domain and both numbers.
@@ -183,10 +188,10 @@ class Sampler:
             if domain.limit is not None and amount > domain.limit * TOTAL + total_samples:
                 raise UserError(
                     f"domain {domain.name!r} has {_allowed(domain)}, but {total_samples} samples would take "
-                    f"{amount / TOTAL:.0f} of it ({amount / TOTAL / domain.num_windows:.3g} passes)",
+                    f"{amount / TOTAL:.0f} of it ({amount / TOTAL / domain.pool:.3g} passes)",
                     fix=_WIDEN if domain.once else "raise its max_epochs, lower its weight, or shorten the stage",
                 )
-        return {d.name: amount / TOTAL / d.num_windows for d, amount in zip(self.domains, owed, strict=True)}
+        return {d.name: amount / TOTAL / d.pool for d, amount in zip(self.domains, owed, strict=True)}
 
     def _owed(self, total_samples: int) -> list[int]:
         """Weight that each domain will have received, in units of 2^-32 samples."""

@@ -114,7 +114,11 @@ def _memory(stage: Stage, num_ranks: int) -> str:
 
 
 def _data(stage: Stage) -> Iterator[str]:
-    """A table of the domains: what each gives to the stage, as far as its weights are known now."""
+    """A table of the domains: what each gives to the stage, as far as its weights are known now.
+
+    A replayed domain's windows are those that are fed back. Epochs are counted over these windows, from where the
+    ancestors stopped.
+    """
     config = stage.config
     total = config.total_steps * config.batch.global_batch_size
     sampler = stage.sampler(None, stage.planned)
@@ -122,18 +126,19 @@ def _data(stage: Stage) -> Iterator[str]:
     names = [domain.name for domain in stage.evaluated]
     width = max(6, *map(len, names))
     yield _line(
-        "data", f"{'domain':<{width}}  {'kind':<8} {'windows':>11} {'share':>7} {'tokens':>8} {'epochs':>8}  from"
+        "data", f"{'domain':<{width}}  {'kind':<8} {'windows':>11} {'share':>7} {'tokens':>8} {'epochs':>12}  from"
     )
     sampled = {domain.name: domain for domain in sampler.domains}
     for domain in stage.evaluated:
         if domain.name not in sampled:
-            row = f"{'watched':<8} {len(domain.train):>11,} {'-':>7} {'-':>8} {'-':>8}"
+            row = f"{'watched':<8} {len(domain.train):>11,} {'-':>7} {'-':>8} {'-':>12}"
         else:
             drawn = taken[domain.name]
             kind = "new" if domain.name in config.data else "replayed"
             tokens = short(drawn * config.batch.sequence_length)
-            epochs = drawn / len(domain.train)
-            row = f"{kind:<8} {len(domain.train):>11,} {drawn / total:>7.2%} {tokens:>8} {epochs:>8.3g}"
+            start, pool = sampled[domain.name].start, sampled[domain.name].pool
+            epochs = f"{start / pool:.3g} to {(start + drawn) / pool:.3g}" if start else f"{drawn / pool:.3g}"
+            row = f"{kind:<8} {pool:>11,} {drawn / total:>7.2%} {tokens:>8} {epochs:>12}"
         yield _line("", f"{domain.name:<{width}}  {row}  {domain.path}")
     if config.mixture.is_updated:
         yield _line("", f"mixture.mixer={config.mixture.mixer} changes these weights as it trains")

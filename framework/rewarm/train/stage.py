@@ -349,7 +349,7 @@ def _check_enough_windows(
         share = math.ceil(weight / TOTAL * config.batch.global_batch_size)
         parts = orders[domain.name].parts if domain.name in orders else ()
         among = f" that replay.windows={config.replay.windows} allows" if parts else ""
-        count = min(len(domain.train), sum(map(len, parts))) if parts else len(domain.train)
+        count = SampledDomain(domain.name, len(domain.train), domain.fingerprint, parts=parts).pool
         if count < share:
             raise UserError(
                 f"domain {domain.name!r} ({domain.path}) has {count} windows of "

@@ -359,6 +359,19 @@ def test_a_cap_leaves_what_a_later_planned_phase_will_take(tmp_path: Path) -> No
     assert loop.sampler.cursors[1] == pytest.approx(75, abs=1)
 
 
+@pytest.mark.parametrize(("planned", "left"), [(23, 29), (22, 31)])
+def test_a_cap_looks_past_planned_changes_that_a_phase_by_loss_replaces(
+    planned: int, left: int, tmp_path: Path
+) -> None:
+    """A change planned for the same sample, or for one before it, is not where the new weights end."""
+    loop = Loop(phased(BY_LOSS, {**PLANNED, "at": f"{planned} steps"}), tmp_path, max_epochs=75 / 60, capped="b")
+    loop.train(TOTAL_STEPS)
+    begun = next(entry for entry in loop.log.entries() if "reached" in entry.reason)
+    assert (begun.sample, begun.reason) == (184, "step 20: phase 0, losses reached; max_epochs caps b")
+    # b is a quarter of the samples up to the planned change, none from there up to 184, and may be drawn 75 times.
+    assert begun.weights["b"] / TOTAL == pytest.approx(left / 136, abs=1e-6)
+
+
 def test_a_phase_by_loss_that_takes_the_objectives_samples_is_refused_before_the_run() -> None:
     for objective, message in (
         ({"a": 1}, r"'a' the weight 1, but nothing is sampled from it \(phase 1\)"),

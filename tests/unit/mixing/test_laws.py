@@ -81,6 +81,12 @@ def test_a_proposal_beats_every_mixture_of_a_fine_grid(seed: int, caps: list[flo
     assert objective(best) <= objective(grid).min() + 1e-9
 
 
+def test_of_a_prior_only_the_proportions_count() -> None:
+    """Numbers of tokens serve as well as shares: a power of two changes no digit."""
+    law, shares = example_law(0), np.array([0.6, 0.3, 0.1])
+    assert propose_mixture(law, shares * 2.0**30).tolist() == propose_mixture(law, shares).tolist()
+
+
 def test_caps_that_no_mixture_meets_are_refused() -> None:
     with pytest.raises(UserError, match="sum to 0.6"):
         propose_mixture(example_law(0), [1, 1, 1], caps=[0.2, 0.2, 0.2])

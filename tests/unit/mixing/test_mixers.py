@@ -286,6 +286,13 @@ def test_doge_favours_gradients_that_serve_the_others() -> None:
     close(weights, (powers / powers.sum()).tolist())
 
 
+def test_doge_bounds_what_one_update_can_do() -> None:
+    gradients = np.array([[10.0, 0.0], [10.0, 0.0], [0.0, 10.0]])  # a and b serve each other 10 times the mean norm
+    mixer = DoGEMixer(NAMES, W, learning_rate=0.01, regularisation=0.01)
+    powers = W * [math.exp(5), math.exp(5), 1.0]
+    close(mixer.update(Observation(1, gradient_products=gradients @ gradients.T)), (powers / powers.sum()).tolist())
+
+
 def test_ado_prefers_the_domain_that_still_learns() -> None:
     mixer = ADOMixer(["slow", "fast"], np.array([0.5, 0.5]), warmup=0, smoothing=1.0)
     for step in range(1, 9):

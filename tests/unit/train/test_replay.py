@@ -17,6 +17,7 @@ from rewarm.config.run import RunConfig
 from rewarm.data.indexed import IndexedWriter, token_dtype
 from rewarm.errors import UserError
 from rewarm.mixing.sampler import Sampler
+from rewarm.train.dry_run import dry_run
 from rewarm.train.folder import check_same_stage
 from rewarm.train.stage import Stage, resolve_stage
 
@@ -203,6 +204,16 @@ def test_a_phase_by_loss_that_takes_the_objectives_samples_is_refused_before_the
     accepted = config("stage", "a", **{**values, "mixture": {**mixture, "objective": {"b": 1}}})
     as_older_code_left_it(save(resolve_stage(accepted, 1), steps=2))
     resolve_stage(config("stage", "a", **values), 1)
+
+
+def test_a_dry_run_counts_epochs_from_where_the_ancestors_stopped(place: Path) -> None:
+    save(resolve_stage(config("base", "a"), 1))
+    save(resolve_stage(config("child", "b", "base"), 1))
+    rows = dry_run(config("next", "b", "child", replay={"fraction": 0.25, "domains": {"a": 1}}), 1)
+    found = {words[0]: words for words in map(str.split, rows)}
+    # Of b's 247 windows the child drew 60, and this stage draws 60 more; of a's 80 seen ones 20 and 20.
+    assert found["b"][1:3] == ["new", "247"] and found["b"][5:8] == ["0.243", "to", "0.486"]
+    assert found["a"][1:3] == ["replayed", "80"] and found["a"][5:8] == ["0.25", "to", "0.5"]
 
 
 def test_the_file_of_a_stage_can_name_the_setting(place: Path) -> None:
