@@ -170,7 +170,7 @@ class HybridUpdate:
     def finish(self) -> None:
         """An update has ended when :meth:`step` returns."""
 
-    def rehearsed(self, *seconds: float) -> None:
+    def profiled(self, *seconds: float) -> None:
         """Nothing is placed by what a rehearsal shows."""
 
 
