@@ -107,13 +107,13 @@ def open_run(folder: Path, data: dict[str, str], name: str, mixture: dict[str, A
     from rewarm.config.load import build
     from rewarm.engine.build import build_engine
     from rewarm.train.folder import prepare_folder
-    from rewarm.train.session import assemble
+    from rewarm.train.session import begin, prepare
     from rewarm.train.stage import resolve_stage
 
     config = build({**STAGE, "name": name, "data": data, "mixture": mixture, "runs_folder": str(folder / "runs")})
-    prepare_folder(config)
+    prepare_folder(config.folder)
     stage = resolve_stage(config, 1)
-    return assemble(config, stage, build_engine(config, stage.architecture, stage.names))
+    return begin(prepare(config, stage, build_engine(config, stage.architecture, stage.names)))
 
 
 def open_feed(folder: Path, data: dict[str, str]) -> Feed:

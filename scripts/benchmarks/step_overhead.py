@@ -51,7 +51,7 @@ def rewarm_arm(folder: Path, micro_batch_size: int, total_steps: int) -> Callabl
     from rewarm.engine.build import build_engine
     from rewarm.train.folder import prepare_folder
     from rewarm.train.loop import train_one_step
-    from rewarm.train.session import assemble
+    from rewarm.train.session import begin, prepare
     from rewarm.train.stage import resolve_stage
 
     config = build(
@@ -68,9 +68,9 @@ def rewarm_arm(folder: Path, micro_batch_size: int, total_steps: int) -> Callabl
             "tracking": {"wandb": {"mode": "disabled"}},
         }
     )
-    prepare_folder(config)
+    prepare_folder(config.folder)
     stage = resolve_stage(config, 1)
-    run = assemble(config, stage, build_engine(config, stage.architecture, stage.names))
+    run = begin(prepare(config, stage, build_engine(config, stage.architecture, stage.names)))
     for hook in run.hooks:
         hook.start(run)
     return lambda: train_one_step(run)

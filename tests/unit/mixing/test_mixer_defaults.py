@@ -8,25 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rewarm.config import mixture
+from rewarm.config.registry import MIXERS
 from rewarm.errors import UserError
 from rewarm.mixing.mixers.ado import ADOMixer
 from rewarm.mixing.mixers.aioli import AioliRounds
 from rewarm.mixing.mixers.base import Observation
-from rewarm.mixing.mixers.doge import DoGEMixer
-from rewarm.mixing.mixers.doremi import DoReMiMixer
-from rewarm.mixing.mixers.dynamic_batch_loading import DynamicBatchLoadingMixer
-from rewarm.mixing.mixers.odm import ODMMixer
-from rewarm.mixing.mixers.pike import PiKEMixer
-from rewarm.mixing.mixers.skill_it import SkillItMixer
-from rewarm.mixing.mixers.velocitune import VelocituneMixer
 
-PAIRS = [
-    (ADOMixer, mixture.ADOConfig), (AioliRounds, mixture.AioliConfig), (DoGEMixer, mixture.DoGEConfig),
-    (DoReMiMixer, mixture.DoReMiConfig), (DynamicBatchLoadingMixer, mixture.DynamicBatchLoadingConfig),
-    (ODMMixer, mixture.ODMConfig), (PiKEMixer, mixture.PiKEConfig), (SkillItMixer, mixture.SkillItConfig),
-    (VelocituneMixer, mixture.VelocituneConfig),
-]  # fmt: skip
+PAIRS = [(method.target, method.settings) for method in MIXERS.methods() if method.target.needs]
 
 
 @pytest.mark.parametrize(("mixer", "section"), PAIRS, ids=lambda value: value.__name__)
