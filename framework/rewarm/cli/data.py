@@ -49,54 +49,60 @@ class FileKind(StrEnum):
     arrow = "arrow"
 
 
+InputsArgument = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="INPUT...",
+        help=".txt, .jsonl, .json, .csv, .tsv (plain, or compressed with gzip, zstd, bzip2 or xz), compressed "
+        "files of any text, .parquet, .arrow, a folder of these, - for standard input, or what the datasets "
+        "library loads: a saved dataset or a hub name.",
+    ),
+]
+TemplateOption = Annotated[
+    str | None,
+    typer.Option(help=r"Text of several fields instead: 'Question: {question}\nAnswer: {answer}'.", metavar="TEXT"),
+]
+DocumentOption = Annotated[
+    TextDocument, typer.Option(help="One document of a .txt file: all of it, a line, or up to a blank line.")
+]
+FormatOption = Annotated[FileKind | None, typer.Option("--format", help="Read every file as this, whatever its name.")]
+EncodingOption = Annotated[
+    str | None, typer.Option(help="Encoding of text without a byte-order mark, for example cp1252; UTF-8 else.")
+]
+HeldOutByOption = Annotated[
+    HeldOutBy,
+    typer.Option(help="Share of the documents, on average, or of the tokens, to the nearest document."),
+]
+EndOption = Annotated[str | None, typer.Option(help="Token that ends each document; the tokenizer's EOS by default.")]
+BosOption = Annotated[bool | None, typer.Option("--bos/--no-bos", help="Begin each document with the tokenizer's BOS.")]
+SpecialTokensOption = Annotated[
+    SpecialTokens, typer.Option(help="A special token spelt out in a text: that token, or plain text.")
+]
+TextKeyOption = Annotated[
+    str, typer.Option(help="Key or column that holds the text; content.text is text inside content.")
+]
+
+
 @app.command(no_args_is_help=True)
 def build(
-    inputs: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="INPUT...",
-            help=".txt, .jsonl, .json, .csv, .tsv (plain, or compressed with gzip, zstd, bzip2 or xz), compressed "
-            "files of any text, .parquet, .arrow, a folder of these, - for standard input, or what the datasets "
-            "library loads: a saved dataset or a hub name.",
-        ),
-    ],
+    inputs: InputsArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="Domain folder to make.")],
     tokenizer: Annotated[Path, typer.Option(help="Folder of a Hugging Face tokenizer or model.")],
-    text_key: Annotated[
-        str, typer.Option(help="Key or column that holds the text; content.text is text inside content.")
-    ] = "text",
-    text_template: Annotated[
-        str | None,
-        typer.Option(help=r"Text of several fields instead: 'Question: {question}\nAnswer: {answer}'.", metavar="TEXT"),
-    ] = None,
-    text_document: Annotated[
-        TextDocument, typer.Option(help="One document of a .txt file: all of it, a line, or up to a blank line.")
-    ] = TextDocument.file,
-    kind: Annotated[
-        FileKind | None, typer.Option("--format", help="Read every file as this, whatever its name.")
-    ] = None,
-    encoding: Annotated[
-        str | None, typer.Option(help="Encoding of text without a byte-order mark, for example cp1252; UTF-8 else.")
-    ] = None,
+    text_key: TextKeyOption = "text",
+    text_template: TemplateOption = None,
+    text_document: DocumentOption = TextDocument.file,
+    kind: FormatOption = None,
+    encoding: EncodingOption = None,
     held_out: Annotated[float, typer.Option(help="Share held out, picked by the hash of the text.")] = 0.01,
-    held_out_by: Annotated[
-        HeldOutBy,
-        typer.Option(help="Share of the documents, on average, or of the tokens, to the nearest document."),
-    ] = HeldOutBy.documents,
+    held_out_by: HeldOutByOption = HeldOutBy.documents,
     workers: Annotated[int | None, typer.Option(help="Cores to use; all by default.")] = None,
     tolerance: Annotated[float, typer.Option(help="Largest share of malformed records before it is an error.")] = 0.001,
     dedup: Annotated[bool, typer.Option(help="Drop exact duplicates; the first one stays.")] = True,
     subset: Annotated[str | None, typer.Option(help="Subset (configuration) of a hub dataset.")] = None,
     split: Annotated[str | None, typer.Option(help="Split of a dataset; train by default.")] = None,
-    end_of_document: Annotated[
-        str | None, typer.Option(help="Token that ends each document; the tokenizer's EOS by default.")
-    ] = None,
-    bos: Annotated[
-        bool | None, typer.Option("--bos/--no-bos", help="Begin each document with the tokenizer's BOS.")
-    ] = None,
-    special_tokens: Annotated[
-        SpecialTokens, typer.Option(help="A special token spelt out in a text: that token, or plain text.")
-    ] = SpecialTokens.parse,
+    end_of_document: EndOption = None,
+    bos: BosOption = None,
+    special_tokens: SpecialTokensOption = SpecialTokens.parse,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another domain in OUTPUT.")] = False,
 ) -> None:
     """Turn text into a domain: Megatron .bin/.idx files with a held-out split.
