@@ -99,7 +99,7 @@ def test_killed_on_two_ranks_and_resumed_on_one_the_weight_log_is_the_same(place
     evaluated = [(step + 3) * 8 for step in range(0, LAST + 1, 2)]
     # The phase that begins after 13 steps is in the log from the start, and the decision for that sample follows it.
     planned = [13 * 8] if mixer == "phased" else []
-    assert [entry["sample"] for entry in decided] == [0, *planned, *(at for at in evaluated if at not in planned)]
+    assert [entry["sample"] for entry in decided] == [0, *planned, *evaluated]
     assert all(sum(entry["weights"].values()) == TOTAL for entry in decided)
     assert len({json.dumps(entry["weights"]) for entry in decided}) > 2
     if mixer == "aioli":
@@ -113,7 +113,7 @@ def test_killed_on_two_ranks_and_resumed_on_one_the_weight_log_is_the_same(place
     # What each step had is what the log says of its first sample.
     for line in metrics:
         held = [entry for entry in decided if entry["sample"] <= 8 * (line["step"] - 1)]
-        weights = max(held, key=lambda entry: entry["sample"])["weights"]
+        weights = sorted(held, key=lambda entry: entry["sample"])[-1]["weights"]  # of two for a sample the later holds
         assert [domain["weight"] * TOTAL for domain in line["domains"].values()] == list(weights.values())
 
 

@@ -9,8 +9,8 @@ def test_watched_domains_are_on_the_screen_and_may_move(workplace: Workplace) ->
     workplace.run("train", "base.yaml", "name=here", "stop_at=1 steps")
     for suffix in (".bin", ".idx"):
         (workplace.folder / f"counting{suffix}").rename(workplace.folder / f"moved{suffix}")
-    train = ("train", "continue.yaml", "parent=runs/here", "replay.fraction=0", "stop_at=4 steps")
-    output = workplace.run(*train, "name=unseen")
+    train = ("train", "continue.yaml", "parent=runs/here", "replay.fraction=0")
+    output = workplace.run(*train, "name=unseen", "stop_at=4 steps")
     assert "not watched for forgetting" in output and "set replay.paths.counting to its new place" in output
     assert set(workplace.lines("unseen", "evaluation.jsonl")[0]["domains"]) == {"threes", "sevens"}
     # A resume may say where it is now, and later rows then have one more column.
