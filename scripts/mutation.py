@@ -141,12 +141,15 @@ def draw(modules: list[str], seed: int, number: int) -> list[tuple[Mutant, str]]
     generator = random.Random(seed)
     chosen = [generator.choice(places[key]) for key in sorted(places)]
     generator.shuffle(chosen)
-    sources = ask(["--make"], "\n".join(json.dumps(asdict(mutant)) for mutant in chosen))
-    pairs = [
-        (mutant, source) for mutant, source in zip(chosen, sources, strict=True) if _computes_other(mutant, source)
-    ]
-    print(f"{len(found)} faults at {len(places)} places; {min(number, len(pairs))} of {len(pairs)} drawn, seed {seed}")
-    return pairs[:number]
+    pairs: list[tuple[Mutant, str]] = []
+    for begin in range(0, len(chosen), number):
+        if len(pairs) < number:
+            part = chosen[begin : begin + number]
+            sources = ask(["--make"], "\n".join(json.dumps(asdict(mutant)) for mutant in part))
+            pairs += [pair for pair in zip(part, sources, strict=True) if _computes_other(*pair)]
+    pairs = pairs[:number]
+    print(f"{len(found)} faults at {len(places)} places; {len(pairs)} drawn, seed {seed}", flush=True)
+    return pairs
 
 
 def _computes_other(mutant: Mutant, source: str | None) -> bool:
@@ -245,35 +248,39 @@ def run_tests(
         time.sleep(0.02)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)  # what the tests left behind
-    return "passed" if os.waitstatus_to_exitcode(ended[1]) == 0 else "failed"
+    return "passed" if os.waitstatus_to_exitcode(ended[1]) in (0, 5) else "failed"
 
 
 class Tests:
-    """The tests of each module, with the time they take without a fault."""
+    """The test files, with the time that each takes without a fault."""
 
     def __init__(self, tree: Path) -> None:
         self.tree = tree
-        self._limits: dict[tuple[str, ...], float] = {}
+        self._limits: dict[str, float] = {}
         self._left_out: list[str] = []
 
-    def outcome(self, module: str) -> str:
-        """Run the tests of a module with the tree as it is now."""
-        tests = tests_of(module, self.tree)
-        return run_tests(self.tree, tests, self._limits[tuple(tests)], self._left_out)
+    def outcome(self, module: str, source: str) -> str:
+        """Run the tests of a module that has another content, file by file until one notices."""
+        for test in tests_of(module, self.tree):
+            self._prepare(test)
+            with faulty(self.tree / PACKAGE / module, source):
+                outcome = run_tests(self.tree, [test], self._limits[test], self._left_out)
+            if outcome != "passed":
+                return outcome
+        return "passed"
 
-    def prepare(self, module: str) -> None:
-        """Load the libraries that its tests load, and run them without a fault. Those that fail here, as one may that
+    def _prepare(self, test: str) -> None:
+        """Load the libraries that a test file loads, and run it without a fault. Tests that fail here, as one may that
         measures the memory of its process, are left out."""
-        tests = tests_of(module, self.tree)
-        if tuple(tests) in self._limits:
+        if test in self._limits:
             return
         loaded = self.tree.parent / "modules.json"
-        run_tests(self.tree, tests, None, self._left_out, loaded)
-        _load(json.loads(loaded.read_text()), self.tree)
         for _ in range(2):
             began = time.monotonic()
-            if run_tests(self.tree, tests, None, self._left_out) == "passed":
-                self._limits[tuple(tests)] = max(LEAST_SECONDS, FACTOR * (time.monotonic() - began))
+            passed = run_tests(self.tree, [test], None, self._left_out, loaded) == "passed"
+            _load(json.loads(loaded.read_text()), self.tree)
+            if passed:
+                self._limits[test] = max(LEAST_SECONDS, FACTOR * (time.monotonic() - began))
                 return
             output = (self.tree.parent / "output").read_text()
             self._left_out += re.findall(r"(?m)^(?:FAILED|ERROR) (\S+)", output)
@@ -352,20 +359,19 @@ def main() -> None:
 
 
 def run(pairs: list[tuple[Mutant, str]], *, only_known: bool) -> list[Result]:
-    """Try faults that were not tried before, module by module; returns the results of all of them."""
+    """Try faults that were not tried before, in the order drawn; returns the results of all of them."""
     place = WORK / "results.jsonl"
     before = known(place)
     results = []
     tests: Tests | None = None
-    for mutant, source in sorted(pairs, key=lambda pair: pair[0].module):
+    for mutant, source in pairs:
         diff = difference(mutant.module, source)
         result = before.get((mutant.module, diff, mutant.place[0]))
         # A survivor is tried again: the tests may have been mended.
         if not only_known and (result is None or result.outcome == "survived"):
             tests = tests or _prepared()
-            tests.prepare(mutant.module)
-            with faulty(tests.tree / PACKAGE / mutant.module, source):
-                outcome = {"passed": "survived", "failed": "killed"}.get(found := tests.outcome(mutant.module), found)
+            found = tests.outcome(mutant.module, source)
+            outcome = {"passed": "survived", "failed": "killed"}.get(found, found)
             result = Result(mutant.module, diff, outcome, mutant.place[0], mutant.operator)
             with open(place, "a") as file:
                 file.write(json.dumps(asdict(result)) + "\n")

@@ -5,9 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rewarm.mixing.audit import _before, use_of
+from rewarm.mixing.audit import _before, audit, use_of
+from rewarm.mixing.draws import sample_hash
 from rewarm.mixing.order import DomainOrder, Part
-from rewarm.mixing.sampler import SampledDomain
+from rewarm.mixing.sampler import SampledDomain, Sampler
+from rewarm.mixing.weight_log import WeightEntry
+from rewarm.mixing.weights import TOTAL
 
 SIZE, SEED = 10, 7
 
@@ -38,3 +41,13 @@ def test_a_run_s_use_of_a_domain_beside_its_ancestors() -> None:
     use = use_of(np.array([0, 1, 3, 1]), np.array([2, 0, 1, 0]))
     assert (use.windows, use.drawn, use.seen, use.most_repeated) == (4, 5, 3, 3)
     assert (use.drawn_before, use.seen_before, use.known, use.fresh) == (3, 2, 1, 2)
+
+
+@pytest.mark.parametrize("steps", [4, 5])
+def test_every_step_that_was_logged_is_drawn_again(steps: int) -> None:
+    sampler = Sampler([SampledDomain("a", SIZE, "content")], SEED, np.array([TOTAL]))
+    hashes = {step: sample_hash(["a"], sampler.draw(3)) for step in range(1, steps + 1)}
+    entries = [WeightEntry(0, {"a": TOTAL}, "start")]
+    found = audit(sampler.state_dict(), entries, hashes, 3)
+    assert (found.different, found.domains["a"].drawn) == ([], 3 * steps)
+    assert audit(sampler.state_dict(), entries, {**hashes, steps: "other"}, 3).different == [steps]

@@ -98,6 +98,11 @@ def test_repeated_tokens_are_worth_what_was_published(epochs: float, worth: floa
     assert effective_tokens(1e9, 0.5) == 5e8
 
 
+def test_caps_that_fall_short_by_rounding_alone_are_met() -> None:
+    caps = np.array([0.25 - 8e-13, 0.75])
+    assert cap_weights(np.array([0.5, 0.5]), caps).tolist() == caps.tolist()
+
+
 @given(st.lists(st.tuples(st.floats(0.01, 1), st.floats(0, 1)), min_size=1, max_size=7))
 def test_capped_weights_keep_ratios_below_their_caps(spec: list[tuple[float, float]]) -> None:
     weights = np.array([w for w, _ in spec]) / sum(w for w, _ in spec)

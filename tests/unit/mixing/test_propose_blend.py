@@ -28,6 +28,7 @@ def test_the_best_share_is_that_of_a_search() -> None:
     assert found["share"] == pytest.approx(grid[cost.argmin()], abs=1e-3)
     assert found["loss"]["new"] == pytest.approx(float(new(found["share"])), abs=1e-4)
     assert found["worst_residual"] < 1e-4
+    assert found == propose_blend(SHARES.tolist(), losses, 0.3, importance={"old": 2.0, "new": 1.0})
 
 
 def test_a_strong_prior_wins_and_too_few_models_are_refused() -> None:

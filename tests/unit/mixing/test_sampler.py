@@ -307,3 +307,9 @@ def test_a_stage_goes_on_after_the_windows_that_its_lineage_drew(native: bool) -
     state = Sampler([SampledDomain("a", 50, "content a")], 3, quantise([1.0]), native=native).state_dict()
     with pytest.raises(UserError, match="start"):
         restored.load_state_dict(state)
+
+
+def test_a_weight_below_zero_is_no_weight() -> None:
+    domains = [SampledDomain("a", 5, "a"), SampledDomain("b", 5, "b")]
+    with pytest.raises(AssertionError):
+        Sampler(domains, 1, np.array([-1, TOTAL + 1]))
