@@ -10,8 +10,9 @@ from tempfile import TemporaryDirectory
 import pytest
 from hypothesis import HealthCheck, settings
 
-# Tests of a lost terminal send SIGHUP, which processes started under nohup would ignore.
+# Processes that tests start and then signal would ignore what this one ignores, as under nohup or in the background.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A loaded machine must not fail a property; pytest-timeout ends what hangs.
 settings.register_profile("rewarm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
