@@ -31,7 +31,7 @@ class NodeFault(RuntimeError):
     """
 
     def __init__(self, node: str, message: str) -> None:
-        self.node = node
+        self.node, self.message = node, message
         super().__init__(f"node {node}: {message}")
 
 

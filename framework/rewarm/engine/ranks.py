@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from rewarm.engine import device, gpus
 from rewarm.engine.environment import this_node
-from rewarm.errors import UserError
+from rewarm.errors import NodeFault, UserError
 
 T = TypeVar("T")
 
@@ -114,8 +114,9 @@ def gather(value: Any) -> list[Any]:
 def raise_on_every_rank(error: Exception | None) -> None:
     """Raise on all ranks if one of them brings an error: its own there, a copy elsewhere. Collective.
 
-    An :class:`OSError` stays one (with its errno) and a :class:`~rewarm.errors.UserError` stays one, so that every
-    rank takes the same way out; anything else becomes a ``RuntimeError`` on the ranks that did not fail.
+    An :class:`OSError` (with its errno), a :class:`~rewarm.errors.UserError` and a :class:`~rewarm.errors.NodeFault`
+    stay what they are, so that every rank ends alike, whichever ends first; anything else
+    becomes a ``RuntimeError`` on the ranks that did not fail.
     """
     if not any_rank(error is not None):
         return
@@ -127,6 +128,8 @@ def raise_on_every_rank(error: Exception | None) -> None:
         raise OSError(*arguments)
     if kind == "user":
         raise UserError(arguments[0], fix=arguments[1])
+    if kind == "node":
+        raise NodeFault(*arguments)
     raise RuntimeError(f"rank {rank}: {arguments[0]}")
 
 
@@ -152,4 +155,6 @@ def _summary(error: Exception) -> tuple[str, tuple[Any, ...]]:
         return "os", (error.errno, error.strerror or str(error), error.filename and str(error.filename))
     if isinstance(error, UserError):
         return "user", (error.message, error.fix)
+    if isinstance(error, NodeFault):
+        return "node", (error.node, error.message)
     return "other", (f"{type(error).__name__}: {error}",)

@@ -243,7 +243,7 @@ def test_without_the_library_torch_stands_in(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_update_is_made_under_optimised_python() -> None:
     """``python -O`` leaves out every assert: the update must not be in one, nor what keeps it off foreign memory."""
     code = (
-        "import torch; from rewarm.offload import adamw\n"
+        "import torch; from rewarm.kernels import adamw\n"
         "step = adamw.AdamWStep.prepare(step=1, learning_rate=0.1)\n"
         "state = torch.ones(8), torch.zeros(8), torch.zeros(8)\n"
         "adamw.update(step, *state, torch.ones(8)); print(state[0].tolist() != [1.0] * 8)\n"
