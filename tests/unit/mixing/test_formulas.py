@@ -97,6 +97,15 @@ def test_ado_leaves_out_what_was_not_drawn_and_waits_for_every_domain() -> None:
     ).tolist() == [1.0]
 
 
+def test_ado_counts_what_little_is_left_to_learn() -> None:
+    """A thousandth of a nat that is left is a thousandth, and not rounded up."""
+    mixer = ADOMixer(["x", "y"], np.ones(2), warmup=0, smoothing=1.0, floor=0.0)
+    for step in range(1, 6):
+        losses = np.array([1 + scale * (1000.0 * step) ** -0.4 for scale in (8.0, 0.02)])
+        found = mixer.update(Observation(step, training_losses=losses, training_counts=np.array([500, 500])))
+    assert found == pytest.approx([8 / 8.02, 0.02 / 8.02], rel=1e-2)
+
+
 @pytest.mark.parametrize(
     ("weights", "floor", "expected"),
     [
@@ -231,6 +240,10 @@ def test_aiolis_matrix_is_shifted_and_scaled(interaction: list[list[float]], col
     )
     powers = [math.exp(3 * column) for column in columns]
     assert weights == pytest.approx([power / sum(powers) for power in powers])
+
+
+def test_given_probes_are_weighed_like_those_of_a_run() -> None:
+    assert AioliMixer(["x", "y"], np.ones(2)).step_size == AioliRounds(["x", "y"], np.ones(2)).step_size
 
 
 def test_probes_tell_domains_apart_from_a_twentieth_on() -> None:
