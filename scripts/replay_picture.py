@@ -53,7 +53,7 @@ def draw(changes: dict[str, dict[str, float]]) -> str:
             f'<rect x="{20 + 110 * number}" y="336" width="12" height="12" fill="{COLORS[fraction]}"/>',
             f'<text x="{38 + 110 * number}" y="347">{fraction} replay</text>',
         ]
-    parts.append('<text x="620" y="347" text-anchor="end" fill="#555">quickstart model, one seed, 2026-11-21</text>')
+    parts.append('<text x="620" y="347" text-anchor="end" fill="#555">quickstart model, one seed, 2026-11-29</text>')
     return "\n".join([*parts, "</svg>", ""])
 
 
